@@ -1,0 +1,442 @@
+"""What a run and a study are: pydantic sections, unknown keys refused with the nearest name, units under each field.
+
+A component's own options (`position: {kind: rope, base: 10000}`) stay plain values here; `registry.component` checks
+them against the registered class's `Config` when the run is resolved, so a new class needs no line in this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from isoform.errors import ConfigError
+from isoform.registry import explain, nearest
+
+NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(gt=0)]
+
+
+def _kind(value: Any) -> Any:
+    """`tokenizer: char` means `tokenizer: {kind: char}`."""
+    return {"kind": value} if isinstance(value, str) else value
+
+
+Component = Annotated[dict[str, Any], BeforeValidator(_kind)]
+
+
+class Section(BaseModel):
+    """A part of a config: unknown keys are errors, an instance does not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+
+
+class Splits(Section):
+    """Shares of the documents, cut before any window is; they need not add up to 1."""
+
+    train: Fraction = 1.0
+    dev: Fraction = 0.0
+    test: Fraction = 0.0
+
+    @model_validator(mode="after")
+    def _sum(self) -> Splits:
+        if self.train + self.dev + self.test > 1 + 1e-9:
+            raise ValueError(f"train + dev + test is {self.train + self.dev + self.test:.4g}, at most 1 is expected")
+        return self
+
+
+Files = str | list[str]
+
+
+class DataConfig(Section):
+    """Where documents come from, which field is which, and how they are split."""
+
+    root: str | None = None
+    # folder that relative paths start from; null: the folder of the config file or the working folder
+    path: Files | None = None
+    # one source (or several) to be split by `splits`; or name the files of each split:
+    train: Files | None = None
+    dev: Files | None = None
+    test: Files | None = None
+    unit: Literal["line", "paragraph", "file"] = "line"
+    # what a document is in a .txt file
+    columns: list[str] | None = None
+    # names of the columns of csv and tsv files without a header row; null: the first row is the header
+    text: str = "text"
+    label: str = "label"
+    question: str = "question"
+    answer: str = "answer"
+    # the column that holds each field
+    splits: Splits = Splits()
+    # used with `path`; by hash of the content, so equal texts never stand in two splits
+    holdout: float | int | None = None
+    # carved from train: a fraction, or a number of documents
+    holdout_from: str | None = None
+    # the one of several train sources that the holdout is carved from
+    split_seed: int = 0
+    # seed of every split; the same for all seeds of a study
+    stratify: str | None = None
+    # column whose shares are kept equal in every split
+    group: str | None = None
+    # column whose equal values stay in one split
+    overlap: Literal["refuse", "drop_from_train", "keep"] = "refuse"
+    # what happens with documents of one split that stand, exactly or nearly, in another
+    near_fraction: Fraction = 0.8
+    # similarity from which two documents are near duplicates: estimated Jaccard similarity of word 3-shingles or above
+    long_documents: Literal["windows", "truncate", "refuse"] = "windows"
+    # documents longer than text.max_tokens: cut into windows, cut off and counted, or refused
+    max_documents: Positive | None = None
+    # documents read from each source; null: all
+    shard_tokens: Positive = 16_777_216
+    # tokens per memory-mapped shard file
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataConfig:
+        if self.path is not None and self.train is not None:
+            raise ValueError("`path` and `train` are both given; name one source with `path`, or each split's files")
+        if self.holdout is not None and (self.holdout <= 0 or (isinstance(self.holdout, float) and self.holdout >= 1)):
+            raise ValueError(f"`holdout` is {self.holdout}, a fraction between 0 and 1 or a number of documents is expected")
+        return self
+
+
+class TextConfig(Section):
+    """The tokenizer and the context length."""
+
+    tokenizer: Component = {"kind": "char"}
+    # char | word | bpe | wordpiece with their options; `from-model`; or {path: folder or tokenizer.json}
+    train_on: Files | None = None
+    # what the tokenizer is trained on; null: the training split
+    max_tokens: Positive = 256
+    # context length in tokens
+
+
+class TrainConfig(Section):
+    """The optimisation: how long, how much at once, how fast, and which checkpoint is kept."""
+
+    max_epochs: float | None = Field(None, gt=0)
+    max_steps: Positive | None = None
+    # one of the two; a step is one optimiser update
+    batch_sequences: Positive | None = None
+    batch_tokens: Positive | None = None
+    # one of the two; the global batch over all ranks and micro-batches
+    micro_batch_tokens: Positive = 16_384
+    # tokens that pass through the model at once; changes memory and speed, never the result beyond rounding
+    learning_rate: float = Field(3e-4, gt=0)
+    schedule: Component = {"kind": "cosine"}
+    # constant | linear | cosine | inverse-sqrt | wsd, with warmup_steps or warmup_fraction
+    optimizer: Component = {"kind": "adamw"}
+    # adamw | muon
+    clip_norm: float | None = Field(1.0, gt=0)
+    # largest global gradient norm; null: no clipping
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    # auto: bf16 where this machine multiplies bf16 matrices faster than fp32
+    checkpoint_every_steps: Positive | None = None
+    # null: about every 2 minutes' worth is up to `checkpoint_every_seconds`
+    checkpoint_every_seconds: float = Field(120.0, ge=0)
+    # also saved at evaluations that improve, at the end, and on a signal
+    keep_checkpoints: Positive = 2
+    # full training states kept on disk
+    evaluate_every_steps: Positive | None = None
+    evaluate_every_epochs: float | None = Field(None, gt=0)
+    # null, null: only at the end
+    select: Select = Field(default_factory=lambda: Select())
+    patience: Positive | None = None
+    # evaluations without improvement of the selected metric before stopping; null: never
+    log_every_steps: Positive = 1
+
+    @model_validator(mode="after")
+    def _one_way(self) -> TrainConfig:
+        if self.max_epochs is not None and self.max_steps is not None:
+            raise ValueError("`max_epochs` and `max_steps` are both given; keep one")
+        if self.batch_sequences is not None and self.batch_tokens is not None:
+            raise ValueError("`batch_sequences` and `batch_tokens` are both given; keep one")
+        if self.evaluate_every_steps is not None and self.evaluate_every_epochs is not None:
+            raise ValueError("`evaluate_every_steps` and `evaluate_every_epochs` are both given; keep one")
+        return self
+
+
+class Select(Section):
+    """Which checkpoint becomes `final/`: the best by a metric on a split, or the last."""
+
+    metric: str = "last"
+    # `last`, or a metric of the objective
+    split: str = "dev"
+
+
+class EvaluateConfig(Section):
+    """What is measured, on which splits, and how answers are generated."""
+
+    splits: list[str] | None = None
+    # splits scored at the end; null: every one but train
+    metrics: list[str] | None = None
+    # null: the objective's own
+    batch_tokens: Positive = 32_768
+    max_new_tokens: Positive = 64
+    confidence: float = Field(0.95, gt=0, lt=1)
+    max_predictions: Positive | None = None
+    # rows kept in predictions.jsonl for each split; null: all
+
+
+TrainConfig.model_rebuild()
+
+
+class RunConfig(Section):
+    """One training stage plus its evaluation."""
+
+    name: str = Field("run", pattern=NAME)
+    data: DataConfig = DataConfig()
+    text: TextConfig = TextConfig()
+    model: dict[str, Any] = {"family": "gpt2"}
+    # family and its options; or `from:` a run, folder, .gguf file, hf:owner/name or pkg:NAME
+    objective: Component = {"kind": "causal"}
+    adapter: Component | None = None
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    track: list[str] = []
+    # tensorboard, wandb; JSONL is always written
+    seed: int = Field(0, ge=0)
+
+
+class Question(Section):
+    """One comparison: second minus first, and what must be equal for it to be fair."""
+
+    pair: tuple[str, str]
+    metric: str | None = None
+    split: str | None = None
+    # null: those of `compare`
+    margin: float | None = Field(None, gt=0)
+    # difference that would not matter, in the metric's unit: allows the verdict `equivalent`
+    equal: dict[str, float] = {}
+    # data_tokens, updates, parameters, flops, seconds, tuning_trials -> tolerated relative difference
+    published: str | None = None
+    # what somebody else claimed, for the report
+
+
+class Compare(Section):
+    """The metric and split on which arms are compared, once."""
+
+    metric: str
+    split: str = "dev"
+    confidence: float = Field(0.95, gt=0, lt=1)
+    exclude_diverged: bool = False
+    # the rule for diverged runs, stated beforehand
+
+
+class ArmConfig(Section):
+    """A list of stages, each starting from the one before, and what this arm changes in them."""
+
+    stages: list[str] = []
+    # empty: the model as it is
+    results: str | None = None
+    # folder with eval.json and predictions.jsonl, or a predictions.csv of another tool: nothing is trained
+    tune: dict[str, list[Any]] = {}
+    # field -> values tried on the selection split with the first seed; every arm gets the same budget of trials
+    changes: dict[str, Any] = {}
+    # section or stage name -> overrides; any other key of the arm lands here
+
+
+class StudyConfig(Section):
+    """Arms x seeds, and the questions that they answer."""
+
+    name: str = Field("study", pattern=NAME)
+    question: str = ""
+    published: list[dict[str, Any]] = []
+    # rows of published figures, shown beside ours: {arm, metric, split, value, source}
+    base: dict[str, Any] = {}
+    stages: dict[str, dict[str, Any]]
+    arms: dict[str, ArmConfig]
+    seeds: Positive = 3
+    seed: int = Field(0, ge=0)
+    # the first of the seeds, shared by all arms
+    compare: Compare
+    questions: list[Question] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _gather(cls, value: Any) -> Any:
+        """An arm's other keys are its changes."""
+        if not isinstance(value, dict) or not isinstance(value.get("arms"), dict):
+            return value
+        known = {"stages", "results", "tune", "changes"}
+        arms = {}
+        for name, arm in value["arms"].items():
+            if not isinstance(arm, dict):
+                raise ValueError(f"arms.{name}: {arm!r} given, a mapping with `stages` is expected")
+            changes = {**arm.get("changes", {}), **{key: item for key, item in arm.items() if key not in known}}
+            arms[name] = {**{key: item for key, item in arm.items() if key in known}, "changes": changes}
+        return {**value, "arms": arms}
+
+    @model_validator(mode="after")
+    def _names(self) -> StudyConfig:
+        sections = set(RunConfig.model_fields)
+        for name, arm in self.arms.items():
+            if not re.match(NAME, name):
+                raise ValueError(f"arms.{name}: a name of letters, digits, `.`, `_`, `-` is expected")
+            for stage in arm.stages:
+                if stage not in self.stages:
+                    raise ValueError(f"arms.{name}.stages: {stage!r} is not a stage{nearest(stage, self.stages)}")
+            for key in arm.changes:
+                if key not in sections and key not in self.stages:
+                    known = [*sorted(sections), *self.stages]
+                    raise ValueError(f"arms.{name}.{key}: unknown key{nearest(key, [*known, 'stages', 'tune', 'results'])}")
+        for index, question in enumerate(self.questions):
+            for arm_name in question.pair:
+                if arm_name not in self.arms:
+                    raise ValueError(f"questions.{index}.pair: {arm_name!r} is not an arm{nearest(arm_name, self.arms)}")
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------- reading configs
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with the numbers of YAML 1.2 (`1e-4` is a number) and duplicate keys refused."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
+    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*([eE][-+]?\d+)?|\.\d+([eE][-+]?\d+)?|\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"),
+    list("-+.0123456789"),
+)
+
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[str] = set()
+    for key_node, _ in node.value:
+        if key_node.value in seen:
+            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key_node.value!r} is given twice; keep one")
+        seen.add(key_node.value)
+    loader.flatten_mapping(node)
+    return {loader.construct_object(key, deep=True): loader.construct_object(item, deep=True) for key, item in node.value}
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
+
+MAX_CONFIG_BYTES = 1_000_000
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """The value of a YAML text. Raises: ConfigError with the place of the mistake."""
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ConfigError(f"{where}: {len(text)} characters given, at most {MAX_CONFIG_BYTES} are expected")
+    if re.search(r"(?m)(^|[\s\[{,:-])[*&][A-Za-z0-9_]+\s*($|[\s,\]}])", text):
+        raise ConfigError(f"{where}: YAML anchors and aliases are not read; write the value out, or use `extends`")
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        raise ConfigError(f"{where}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with isoform."""
+    folder = resources.files("isoform") / "recipes"
+    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
+
+
+def read_config(name_or_path: str | Path) -> dict[str, Any]:
+    """A recipe's or file's plain values, with `extends` followed. Raises: ConfigError."""
+    return _read(str(name_or_path), ())
+
+
+def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    if name in seen:
+        raise ConfigError(f"{' -> '.join([*seen, name])}: `extends` goes in a circle")
+    path = Path(name)
+    if path.suffix in {".yaml", ".yml", ".json"} or path.is_file():
+        if not path.is_file():
+            raise ConfigError(f"{name}: no such file")
+        text, folder = path.read_text(encoding="utf-8"), str(path.parent.resolve())
+    elif name in recipe_names():
+        text, folder = (resources.files("isoform") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"), None
+    else:
+        known = recipe_names()
+        raise ConfigError(f"{name}: neither a file nor a recipe{nearest(name, known)}; recipes: {', '.join(known)}")
+    value = parse_yaml(text, name)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{name}: {type(value).__name__} given, a mapping of sections is expected")
+    if "extends" in value:
+        parent = str(value.pop("extends"))
+        nested = path.parent / parent
+        value = merge(_read(str(nested) if folder and nested.is_file() else parent, (*seen, name)), value)
+    if folder is not None:
+        data = value.setdefault("base", {}) if "stages" in value else value
+        data.setdefault("data", {})
+        if isinstance(data["data"], dict) and data["data"].get("root") is None:
+            data["data"]["root"] = folder
+    return value
+
+
+def is_study(values: dict[str, Any]) -> bool:
+    return "arms" in values or "stages" in values
+
+
+def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`changes` over `base`, section by section; a component of another `kind` replaces the old one whole."""
+    result = copy.deepcopy(base)
+    for key, item in changes.items():
+        old = result.get(key)
+        if isinstance(old, dict) and isinstance(item, dict) and not _other_kind(old, item):
+            result[key] = merge(old, item)
+        else:
+            result[key] = copy.deepcopy(item)
+    return result
+
+
+def _other_kind(old: dict[str, Any], new: dict[str, Any]) -> bool:
+    return any(key in new and new[key] != old.get(key) for key in ("kind", "family", "from"))
+
+
+def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any]:
+    """`--set a.b=c` over a config; in a study, a run's sections are found under `base`. Raises: ConfigError."""
+    result = copy.deepcopy(values)
+    for setting in settings:
+        path, separator, text = setting.partition("=")
+        if not separator or not path.strip():
+            raise ConfigError(f"--set {setting}: `field.path=value` is expected")
+        parts = path.strip().split(".")
+        if is_study(result) and parts[0] in RunConfig.model_fields and parts[0] not in StudyConfig.model_fields:
+            parts = ["base", *parts]
+        value = parse_yaml(text, f"--set {path}") if text.strip() else None
+        target = result
+        for part in parts[:-1]:
+            if not isinstance(target.get(part), dict):
+                target[part] = {"kind": target[part]} if isinstance(target.get(part), str) else {}
+            target = target[part]
+        target[parts[-1]] = value
+    return result
+
+
+def run_config(values: dict[str, Any]) -> RunConfig:
+    """A checked run. Raises: ConfigError, one line."""
+    return _checked(RunConfig, values)
+
+
+def study_config(values: dict[str, Any]) -> StudyConfig:
+    """A checked study. Raises: ConfigError, one line."""
+    return _checked(StudyConfig, values)
+
+
+def _checked(model: type[Any], values: dict[str, Any]) -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error, "", model)) from None
+
+
+def to_yaml(config: BaseModel) -> str:
+    """Every value, defaults spelled out, in the order of the sections."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True, width=110)

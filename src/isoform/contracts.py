@@ -1,0 +1,342 @@
+"""The few types that carry everything, and the protocols by which rooms meet without importing each other.
+
+    Document --objective.encode--> Encoded --objective.prepare(encoded, rng)--> Sample --collate--> Batch
+    Batch --model--> Output --objective.loss--> loss parts --loop--> weights
+
+Dimension letters (`docs/letters.md`): n tokens in the ragged batch, b sequences, d model width, v vocabulary.
+This file imports neither torch nor another room, so that a report can be made without either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor
+
+    IntArray = npt.NDArray[np.int32]
+    Ints = npt.NDArray[np.int64]
+    Floats = npt.NDArray[np.float64]
+
+# A target that asks for nothing. Only positions whose target is not IGNORE ever see a logit.
+IGNORE = -100
+
+
+# ---------------------------------------------------------------------------------------------------- text and tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """Named text fields, metadata and a stable id: the only thing that a data source yields.
+
+    `id` follows from the content alone (see `data.sources`), so it survives reordering and added rows.
+    `meta` says where it came from: `{"source": path or name, "row": line or row number}` and any further columns.
+    """
+
+    id: str
+    fields: Mapping[str, str]
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One document, or one window of it, as token ids: made once, cached, the same for every epoch and seed.
+
+    `fields` maps a field's name to its ids, int32 `(t,)`. `num_bytes` is the UTF-8 size of the text that these tokens
+    stand for (the denominator of bits per byte). `document` is kept where an evaluation needs the raw text.
+    """
+
+    id: str
+    fields: Mapping[str, IntArray]
+    num_bytes: int
+    document: Document | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Token ids and targets of one sequence, ready to be batched.
+
+    tokens: `(t,)` what the model reads; targets: `(t,)` what it should say at each place, `IGNORE` where nothing is
+    asked (for a causal model already shifted: targets[i] is the token after tokens[i]).
+    segments: `(t,)` segment ids where the family has them. label: a class, several classes or numbers of the sequence.
+    source: the encoder's sequence of an encoder-decoder. num_bytes: text bytes that the targets stand for.
+    """
+
+    id: str
+    tokens: IntArray
+    targets: IntArray | None = None
+    segments: IntArray | None = None
+    label: int | tuple[float, ...] | None = None
+    source: Sample | None = None
+    weight: float = 1.0
+    num_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What a generative evaluation gives to the model, and how its answer is read.
+
+    tokens: `(t,)`; stop: ids that end the answer; gold: the expected text or None where it is unknown.
+    """
+
+    id: str
+    tokens: IntArray
+    stop: tuple[int, ...]
+    max_new_tokens: int
+    text: str
+    gold: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ batches
+
+
+class Sequences:
+    """Where the sequences of a ragged tensor begin and end; `derived` keeps index tensors that attention makes once."""
+
+    __slots__ = ("derived", "lengths")
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths: tuple[int, ...] = tuple(lengths)
+        self.derived: dict[Any, Any] = {}
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def max_length(self) -> int:
+        return max(self.lengths, default=0)
+
+    @property
+    def equal(self) -> bool:
+        """Whether all lengths are the same, so that `(n, ...)` may be viewed as `(b, t, ...)`."""
+        return len(set(self.lengths)) <= 1
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(slots=True)
+class Batch:
+    """All tokens of all sequences end to end; nothing is padded.
+
+    tokens, positions, targets, segments: int64 `(n,)`; positions count from 0 in each sequence. sample_keys: int64
+    `(b,)`, a 64-bit hash of each sample's id, the key of its dropout masks. labels: `(b,)` or `(b, c)`. weights: `(b,)`.
+    num_filler: how many of the last sequences only round n up; they are in no count, target or statistic.
+    dropout_key: hash of (seed, step), or None: no dropout. source: the encoder's stream.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    sequences: Sequences
+    sample_keys: Tensor
+    targets: Tensor | None = None
+    segments: Tensor | None = None
+    labels: Tensor | None = None
+    weights: Tensor | None = None
+    source: Batch | None = None
+    dropout_key: int | None = None
+    num_filler: int = 0
+    num_bytes: int = 0
+    sample_ids: tuple[str, ...] = ()
+
+    def to(self, device: Any) -> Batch:
+        """The same batch with its tensors on `device`."""
+
+        def move(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return Batch(
+            tokens=self.tokens.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+            sequences=Sequences(self.sequences.lengths),
+            sample_keys=self.sample_keys.to(device, non_blocking=True),
+            targets=move(self.targets),
+            segments=move(self.segments),
+            labels=move(self.labels),
+            weights=move(self.weights),
+            source=None if self.source is None else self.source.to(device),
+            dropout_key=self.dropout_key,
+            num_filler=self.num_filler,
+            num_bytes=self.num_bytes,
+            sample_ids=self.sample_ids,
+        )
+
+
+@dataclass(slots=True)
+class Output:
+    """What a model returns for a batch: `hidden (n, d)` after the last norm, the rest on request.
+
+    layers: hidden states `(n, d)` before each block and after the last. router_logits: one `(n, e)` a layer.
+    encoder: `(n_source, d)`. second: the second stream `(n, d)` of a two-stream model.
+    """
+
+    hidden: Tensor
+    layers: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    encoder: Tensor | None = None
+    second: Tensor | None = None
+
+
+@dataclass(slots=True)
+class LossPart:
+    """A named share of the loss: `total`, a sum (never a mean) over what `count` counts, times `weight`.
+
+    The step's loss is sum over parts of weight x (total over all micro-batches and ranks) / (count over the same).
+    """
+
+    total: Tensor
+    weight: float = 1.0
+
+
+@dataclass(slots=True)
+class RunState:
+    """Where a run stands, beside its weights: all of it is written at a checkpoint and restored bit by bit.
+
+    step: optimiser updates done; tokens: target tokens seen; cursor: the data position (epoch and step in it, for the
+    reader: order is a pure function of step); rng: each random stream's state as integers; optimizer: parameter name
+    -> state name -> tensor; scalars: anything small that must survive (best value so far, patience, tracker ids).
+    """
+
+    step: int = 0
+    tokens: int = 0
+    cursor: dict[str, int] = field(default_factory=dict)
+    rng: dict[str, list[int]] = field(default_factory=dict)
+    optimizer: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    scalars: dict[str, Any] = field(default_factory=dict)
+
+
+# ---------------------------------------------------------------------------------------------------------- protocols
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Something that yields documents, any number of times, always in the same order."""
+
+    name: str
+
+    def __iter__(self) -> Iterator[Document]: ...
+
+    def fingerprint(self) -> str:
+        """A hash of the content: changes when a byte changes, not when a file is moved or touched."""
+        ...
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back. Special tokens have names: unk, bos, eos, pad, mask, sep, cls; absent ones are None."""
+
+    kind: str
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def special_ids(self) -> Mapping[str, int]: ...
+
+    def encode(self, text: str) -> IntArray:
+        """Ids of the text alone: no special token is added, and text that looks like one is plain text."""
+        ...
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str: ...
+
+    def fingerprint(self) -> str: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens so far, for decoding: made by the model, opaque to everyone else."""
+
+    lengths: list[int]
+
+    def select(self, rows: Sequence[int]) -> Cache:
+        """The cache of some of the sequences, in the order given (finished ones are dropped, beams are copied)."""
+        ...
+
+
+class Model(Protocol):
+    """A family's network. `config` is the family's `Config`; `capabilities` says what objectives may ask of it.
+
+    capabilities: subset of {"causal", "bidirectional", "encoder-decoder", "cache", "classify"}.
+    """
+
+    config: Any
+    capabilities: ClassVar[frozenset[str]]
+    max_positions: int | None
+
+    def __call__(self, batch: Batch, *, cache: Cache | None = None, all_layers: bool = False) -> Output: ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """`(m, d)` -> `(m, v)`: scores over the vocabulary at chosen places only."""
+        ...
+
+    def new_cache(self, num_sequences: int) -> Cache: ...
+
+
+class Objective(Protocol):
+    """What the model is asked to do: how a document becomes a sample, and what is lost where it answers wrongly.
+
+    Built as `cls(config, tokenizer, max_tokens)`. `fields` are the document fields that it reads; `needs` the model
+    capabilities. `stochastic`: whether `prepare` draws (then evaluation uses fixed draws). `windowed`: whether a long
+    document may be cut into windows of `window_tokens` tokens of its `text` field before `prepare` sees it.
+    """
+
+    fields: tuple[str, ...]
+    needs: frozenset[str]
+    stochastic: bool
+    windowed: bool
+    window_tokens: int
+    metrics: tuple[str, ...]  # names of the metrics that make sense, the first being the default
+
+    def encode(self, document: Document) -> Encoded:
+        """The document's fields as ids; pure, so that it may be cached.
+
+        Raises: DataError naming the document's source and row (an empty answer, a missing field).
+        """
+        ...
+
+    def encoding_key(self) -> str:
+        """What `encode` depends on beside the tokenizer, as a string for the cache key."""
+        ...
+
+    def planned_tokens(self, field_tokens: Mapping[str, Ints]) -> Ints:
+        """An upper bound of each sample's length from its fields' lengths `(N,)`, vectorised, for the batch plan."""
+        ...
+
+    def prepare(self, encoded: Encoded, rng: np.random.Generator) -> Sample:
+        """One view of the document; all chance comes from `rng`, which is keyed by (seed, epoch, document id)."""
+        ...
+
+    def prompt(self, encoded: Encoded) -> Prompt | None:
+        """The question to generate from, or None where the objective does not generate."""
+        ...
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """Loss part name -> count, known from the batch alone (filler excluded)."""
+        ...
+
+    def loss(self, model: Model, batch: Batch, output: Output) -> dict[str, LossPart]:
+        """Loss part name -> its sum over the batch, in nats."""
+        ...
+
+
+class Metric(Protocol):
+    """A number made from additive statistics of examples, so that it streams, pairs and bootstraps.
+
+    Each example contributes a row of `columns`; `value` maps summed columns (scalars or arrays of equal shape) to the
+    metric. `mean_column`: the column that is itself the per-example score where the metric is their mean, else None.
+    """
+
+    name: ClassVar[str]
+    higher_is_better: ClassVar[bool]
+    columns: ClassVar[tuple[str, ...]]
+    mean_column: ClassVar[str | None]
+    unit: ClassVar[str]  # "fraction", "nats", "bits", "perplexity"
+
+    def value(self, sums: Mapping[str, Any]) -> Any: ...
