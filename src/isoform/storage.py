@@ -1,7 +1,8 @@
-"""The one place that writes: atomic files and folders, hashes, locks. Faults are injected in tests by patching it.
+"""The one place that writes: atomic files and folders, hashes, locks.
 
 A file or folder is complete or absent: it is written under a temporary name beside its place, flushed to the disk,
-and renamed. A full disk or a missing permission becomes a `DiskError` that names the path.
+and renamed. A full disk or a missing permission becomes a `DiskError` that names the path. Everything passes through
+four operations, `write_blocks`, `sync_file`, `rename` and `remove`; tests inject faults by patching these.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from isoform.errors import DiskError, LockedError
+from isoform.errors import DataError, DiskError, LockedError
 
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EFBIG, errno.EIO}
 
@@ -31,7 +33,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK_ERRORS:
             raise
-        raise DiskError(f"cannot write {path}: {error.strerror}; free there: {free_bytes(path) / 1e9:.2f} GB") from error
+        raise DiskError(
+            f"cannot write {path}: {error.strerror}; free there: {free_bytes(path) / 1e9:.2f} GB"
+        ) from error
 
 
 def free_bytes(path: Path) -> int:
@@ -41,19 +45,66 @@ def free_bytes(path: Path) -> int:
     return shutil.disk_usage(path).free
 
 
+def require_free(path: Path, needed_bytes: int) -> None:
+    """Raises: DiskError where the file system of `path` has less room than that, before anything is written."""
+    free = free_bytes(path)
+    if free < needed_bytes:
+        raise DiskError(
+            f"cannot write {path}: about {needed_bytes / 1e9:.3f} GB are needed, {free / 1e9:.3f} GB are free; "
+            "free some space or write elsewhere"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the four operations
+
+
+def write_blocks(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+    """Writes a file block by block; neither atomic nor durable by itself."""
+    with path.open("wb") as file:
+        for block in blocks:
+            file.write(block)
+
+
+def sync_file(path: Path) -> None:
+    """Waits until the file, or the folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+sync_folder = sync_file
+
+
+def rename(path: Path, target: Path) -> None:
+    """Gives a file or folder its place; an existing file is replaced."""
+    path.replace(target)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# -------------------------------------------------------------------------------------------------- files and folders
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a small file atomically."""
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+        staged = _beside(path, "tmp")
         try:
-            with staged.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            staged.replace(path)
-        finally:
-            staged.unlink(missing_ok=True)
+            write_blocks(staged, [text.encode("utf-8")])
+            sync_file(staged)
+            rename(staged, path)
+        except BaseException:
+            remove(staged)
+            raise
         sync_folder(path.parent)
 
 
@@ -88,13 +139,31 @@ def read_jsonl(path: Path) -> list[Any]:
 
 
 def iterate_jsonl(path: Path) -> Iterator[Any]:
-    """The rows one by one; a last line that was torn by a crash is left out."""
+    """The rows one by one; a last line that was torn by a crash is left out.
+
+    Raises: DataError that names the line where a complete line is not JSON.
+    """
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n") and line.strip():
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n") or not line.strip():
+                continue
+            try:
                 yield json.loads(line)
+            except ValueError:
+                raise DataError(f"{path}:{number}: not a line of JSON; delete the line if it is not needed") from None
+
+
+def open_log(path: Path) -> IO[str]:
+    """Opens a JSONL file for appending, after cutting off a last line that was torn by a crash."""
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+b") as file:
+            file.seek(0)
+            end = max((file.tell() for line in iter(file.readline, b"") if line.endswith(b"\n")), default=0)
+            file.truncate(end)
+        return path.open("a", encoding="utf-8", newline="\n")
 
 
 @contextmanager
@@ -105,44 +174,51 @@ def staged_folder(final: Path) -> Iterator[Path]:
     """
     with disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
-        staged = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.tmp")
+        staged, retired = _beside(final, "tmp"), _beside(final, "old")
         staged.mkdir()
         try:
             yield staged
             for path in sorted(staged.rglob("*")):
-                if path.is_file():
-                    sync_file(path)
+                sync_file(path)
             sync_folder(staged)
             if final.exists():
-                retired = final.with_name(f".{final.name}.{uuid.uuid4().hex[:8]}.old")
-                final.rename(retired)
-                staged.rename(final)
-                shutil.rmtree(retired)
-            else:
-                staged.rename(final)
+                rename(final, retired)
+            rename(staged, final)
             sync_folder(final.parent)
-        finally:
-            shutil.rmtree(staged, ignore_errors=True)
+        except BaseException:
+            if retired.exists() and not final.exists():
+                rename(retired, final)
+            remove(staged)
+            raise
+        remove(retired)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder so that a crash on the way leaves no half of it under its name."""
+    with disk_errors(path):
+        retired = _beside(path, "tmp")
+        rename(path, retired)
+        remove(retired)
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Removes what a killed process left half-written in `folder`."""
-    for path in folder.glob(".*.tmp"):
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-    for path in folder.glob(".*.old"):
-        original = folder / path.name[1:].rsplit(".", 2)[0]
-        shutil.rmtree(path, ignore_errors=True) if original.exists() else path.rename(original)
+    """Removes what a killed process left half-written in `folder`, and puts back what it had set aside."""
+    with disk_errors(folder):
+        for path in leftovers(folder):
+            original = folder / path.name[1:].rsplit(".", 2)[0]
+            if path.suffix == ".old" and not original.exists():
+                rename(path, original)
+            else:
+                remove(path)
 
 
-def sync_file(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def leftovers(folder: Path) -> list[Path]:
+    """The temporary files and folders that a killed process left in `folder`."""
+    return sorted(path for path in folder.glob(".*") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.(tmp|old)", path.name))
 
 
-sync_folder = sync_file
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{suffix}")
 
 
 def sha256_file(path: Path) -> str:
@@ -174,7 +250,9 @@ def locked(folder: Path) -> Iterator[None]:
         except OSError:
             file.seek(0)
             holder = file.read().strip() or "unknown"
-            raise LockedError(f"{folder}: process {holder} is working in this folder; wait for it or use another --out") from None
+            raise LockedError(
+                f"{folder}: process {holder} is working in this folder; wait for it or use another --out"
+            ) from None
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

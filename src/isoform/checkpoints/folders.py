@@ -1,0 +1,296 @@
+"""Model folders, in and out: what `save_model` writes, Hugging Face reads wherever it has a form for the model.
+
+config.json              the Hugging Face config, or `model_type: isoform-<family>` where there is none
+model.safetensors        weights under the names of that form (several files and an index for a large model)
+tokenizer.json ...       the tokenizer
+generation_config.json   the ids that begin, end and pad a text; the longest text
+isoform.json             family and Config, so that loading is exact in either case; why there is no HF form, if so
+manifest.json            size and SHA-256 of each file, written last
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoform import registry, storage
+from isoform.checkpoints import manifest, tensors
+from isoform.checkpoints.tensors import read_object
+from isoform.contracts import Tokenizer
+from isoform.errors import CheckpointError
+from isoform.text import tokenizers
+
+NATIVE_PREFIX = "isoform-"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with its tokenizer (None where the folder has none).
+
+    info: `path`; `extra`, what `save_model` was given; `verified`, whether a manifest was there to check the files by;
+    `hf_config`, the config.json that was read; `tokenizer`, why there is no tokenizer.
+    """
+
+    model: Any
+    tokenizer: Tokenizer | None
+    family: str
+    config: Any
+    info: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A model as it goes to disk: config.json, tensors under that config's names, why it is not HF's form if so."""
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor]
+    native_because: str | None
+
+
+# ------------------------------------------------------------------------------------------------------------- saving
+
+
+def save_model(
+    folder: Path,
+    model: Any,
+    tokenizer: Tokenizer | None,
+    *,
+    extra: dict[str, Any] | None = None,
+    max_shard_bytes: int = tensors.MAX_SHARD_BYTES,
+) -> None:
+    """Writes a model folder, whole or not at all; `extra` is kept in isoform.json (label names, where it came from).
+
+    Raises: DiskError where it does not fit or may not be written.
+    """
+    form = disk_form(model, tokenizer)
+    storage.require_free(folder, tensors.num_bytes(form.weights) + 10_000_000)
+    with storage.staged_folder(folder) as staged:
+        write_files(staged, model, tokenizer, form, extra=extra, max_shard_bytes=max_shard_bytes)
+        manifest.write(staged)
+
+
+def disk_form(model: Any, tokenizer: Tokenizer | None) -> Form:
+    """The Hugging Face form of a model where its family has one, else its own names under a native config."""
+    config, reason = model.hf_form(model.config)
+    weights = dict(model.state_to_hf()) if config is not None else dict(model.state_dict())
+    if config is None:
+        config = {"model_type": NATIVE_PREFIX + family_of(model), **model.config.model_dump(mode="json")}
+    else:
+        config = dict(config)
+        reason = None
+    config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
+    if tokenizer is not None:
+        config.update(_special_ids(tokenizer))
+    return Form(config, weights, reason)
+
+
+def write_files(
+    folder: Path,
+    model: Any,
+    tokenizer: Tokenizer | None,
+    form: Form,
+    *,
+    extra: dict[str, Any] | None = None,
+    max_shard_bytes: int = tensors.MAX_SHARD_BYTES,
+) -> None:
+    """Writes every file of a model folder but its manifest."""
+    storage.write_json(folder / "config.json", form.config)
+    tensors.write_model(folder, form.weights, max_shard_bytes=max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        if model.capabilities & {"causal", "encoder-decoder"}:
+            longest = {} if model.max_positions is None else {"max_length": model.max_positions}
+            storage.write_json(folder / "generation_config.json", {**_special_ids(tokenizer), **longest})
+    about = {
+        "family": family_of(model),
+        "config": model.config.model_dump(mode="json"),
+        "native_because": form.native_because,
+        "tokenizer": None if tokenizer is None else tokenizer.fingerprint(),
+        "extra": extra or {},
+    }
+    storage.write_json(folder / "isoform.json", about)
+
+
+def family_of(model: Any) -> str:
+    """The registered name of a model's family."""
+    return next(name for name in registry.names("model") if registry.lookup("model", name) is type(model))
+
+
+def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+    # An absent id is written as null: left out, transformers would assume the ids of the published model.
+    return {f"{name}_token_id": tokenizer.special_ids.get(name) for name in ("bos", "eos", "pad")}
+
+
+# ------------------------------------------------------------------------------------------------------------ loading
+
+
+def load_model(
+    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> LoadedModel:
+    """A model from a run folder, a model or checkpoint folder, a folder of transformers, or `hf:owner/name[@revision]`.
+
+    dtype: of the parameters; None: as stored. Damaged files, pickles, remote code, and tensors that are unknown,
+    missing or of another shape are refused by name. Raises: CheckpointError.
+    """
+    folder = model_folder(path)
+    verified = (folder / manifest.NAME).is_file()
+    if verified:
+        manifest.verify(folder)
+    hf_config = read_object(folder / "config.json")
+    _refuse_code(folder, hf_config)
+    _refuse_pickle(folder)
+    family, config, extra = _identify(folder, hf_config)
+    cls = registry.lookup("model", family)
+    weights = tensors.read_model(folder)
+    if not str(hf_config.get("model_type")).startswith(NATIVE_PREFIX):
+        weights = dict(cls.state_from_hf(hf_config, weights))
+    model = cls(config)
+    load_weights(model, weights, str(folder))
+    wanted = dtype or next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
+    for parameter in model.parameters():
+        # Buffers (tables of angles, slopes) keep their precision, as they do in transformers.
+        parameter.data = parameter.data.to(device=device, dtype=wanted)
+    model.to(device)
+    model.eval()
+    tokenizer, reason = _load_tokenizer(folder, config)
+    info = {"path": str(folder), "extra": extra, "verified": verified, "hf_config": hf_config, "tokenizer": reason}
+    return LoadedModel(model, tokenizer, family, config, info)
+
+
+def load_weights(model: Any, weights: Mapping[str, Tensor], where: str) -> None:
+    """Copies weights into a model by name. Raises: CheckpointError that names what is missing, unknown or misshapen."""
+    expected = model.state_dict()
+    missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
+    if missing or unknown:
+        parts = [("missing", missing), ("unknown", unknown)]
+        raise CheckpointError(
+            f"{where}: the tensors are not those of the config: "
+            + "; ".join(f"{len(names)} {word}: {_some(names)}" for word, names in parts if names)
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{where}: {name} has the shape {tuple(tensor.shape)}, "
+                f"{tuple(expected[name].shape)} is expected from the config"
+            )
+    model.load_state_dict(weights)
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder that holds the weights that `path` speaks of. Raises: CheckpointError that says what was expected."""
+    text = str(path)
+    if text.startswith("hf:"):
+        return _fetch(text.removeprefix("hf:"))
+    folder = Path(path)
+    if folder.is_file() or text.startswith("pkg:"):
+        if folder.suffix in PICKLES:
+            raise _pickle_error(folder)
+        raise CheckpointError(f"{path}: a model folder, a run folder or hf:owner/name[@revision] is expected")
+    if not folder.is_dir():
+        raise CheckpointError(f"{path}: no such folder; a model folder, a run folder or hf:owner/name is expected")
+    if (folder / "config.json").is_file():
+        return folder
+    if (folder / "final" / "config.json").is_file():
+        return folder / "final"
+    states = sorted((folder / "checkpoints").glob("step-*")) or sorted(folder.glob("step-*"))
+    if states:
+        raise CheckpointError(
+            f"{path}: no final model yet: the run has not ended; its newest checkpoint is {states[-1]}"
+        )
+    raise CheckpointError(f"{path}: no config.json here and none in final/: this is no model folder and no run folder")
+
+
+def _identify(folder: Path, hf_config: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
+    """Family, its Config, and what was saved beside them: from isoform.json if it is there, else from config.json."""
+    if (folder / "isoform.json").is_file():
+        about = read_object(folder / "isoform.json")
+        family = str(about.get("family"))
+        cls = registry.lookup("model", family, f"{folder / 'isoform.json'}: family")
+        config = registry.build_options(cls, about.get("config") or {}, f"{folder / 'isoform.json'}: config")
+        return family, config, about.get("extra") or {}
+    model_type = hf_config.get("model_type")
+    if str(model_type).startswith(NATIVE_PREFIX):
+        raise CheckpointError(f"{folder / 'isoform.json'}: missing; a folder of type {model_type!r} needs it")
+    families = {name: registry.lookup("model", name) for name in registry.names("model")}
+    for name, cls in families.items():
+        if model_type in cls.hf_model_types:
+            return name, cls.from_hf(hf_config), {}
+    known = sorted({str(item) for cls in families.values() for item in cls.hf_model_types})
+    raise CheckpointError(
+        f"{folder / 'config.json'}: model_type {model_type!r:.60} is not known"
+        f"{registry.nearest(str(model_type), known)}; known: {', '.join(known)}"
+    )
+
+
+def _load_tokenizer(folder: Path, config: Any) -> tuple[Tokenizer | None, str | None]:
+    """The folder's tokenizer, or why there is none. Raises: CheckpointError where it has ids that the model has not."""
+    if not (folder / "tokenizer.json").is_file():
+        return None, f"{folder}: there is no tokenizer.json"
+    tokenizer: Tokenizer = tokenizers.load(folder)
+    highest = max([tokenizer.vocab_size - 1, *tokenizer.special_ids.values()])
+    if highest >= config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has the id {highest}, the model has rows for ids 0 to {config.vocab_size - 1}; "
+            "tokenizer and model do not belong together"
+        )
+    return tokenizer, None
+
+
+def _refuse_code(folder: Path, hf_config: dict[str, Any]) -> None:
+    tokenizer_config = folder / "tokenizer_config.json"
+    settings = read_object(tokenizer_config) if tokenizer_config.is_file() else {}
+    for file_name, table in (("config.json", hf_config), ("tokenizer_config.json", settings)):
+        if "auto_map" in table:
+            raise CheckpointError(
+                f"{folder / file_name}: `auto_map` asks for code from the folder to be run, which is never done; "
+                "use a model whose family isoform has"
+            )
+
+
+def _refuse_pickle(folder: Path) -> None:
+    if (folder / tensors.SINGLE).is_file() or (folder / tensors.INDEX).is_file():
+        return
+    for path in pickles(folder):
+        raise _pickle_error(path)
+    raise CheckpointError(f"{folder / tensors.SINGLE}: missing; the folder has a config.json but no weights")
+
+
+def pickles(folder: Path) -> list[Path]:
+    """Files directly in the folder whose names say that they are pickles."""
+    return sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
+
+
+def _pickle_error(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: a pickle, which can run code when it is opened; only .safetensors is read: where you trust the file, "
+        "open it with transformers and write it again with save_pretrained"
+    )
+
+
+def _fetch(name: str) -> Path:
+    """A folder of the Hugging Face hub, from its cache or the network."""
+    repository, _, revision = name.partition("@")
+    try:
+        import huggingface_hub
+    except ImportError:
+        raise CheckpointError(f"hf:{name}: huggingface_hub is not installed; pip install 'isoform[hf]'") from None
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(
+                repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt"]
+            )
+        )
+    except Exception as error:  # the hub raises many kinds, of several libraries
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"hf:{name}: not in the local cache and not fetched: {first_line[:200]}") from None
+
+
+def _some(names: Iterable[str], most: int = 5) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

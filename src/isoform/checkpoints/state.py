@@ -1,0 +1,202 @@
+"""Exact training state: a step folder is a model folder plus `state/`, complete or absent.
+
+    step-000500/   model.safetensors, config.json, tokenizer.json, ...   a model folder (see `folders`)
+                   state/run.json                step, tokens, data cursor, random streams, numbers of the optimiser
+                   state/optimizer.safetensors   tensors of the optimiser: `parameter name/state name`
+                   state/master.safetensors      the weights, only where the model folder does not hold them bit by bit
+                   manifest.json                 step, size and SHA-256 of each file, written last
+
+The newest step is the highest one whose files all have the hashes of its manifest; times of files are never looked at.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoform import storage
+from isoform.checkpoints import folders, manifest, tensors
+from isoform.contracts import RunState, Tokenizer
+from isoform.errors import CheckpointError
+
+STATE = "state"
+_STEP_NAME = re.compile(r"step-(\d+)")
+Report = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class SavedState:
+    """A step folder whose files have been verified."""
+
+    step: int
+    path: Path
+
+
+def save_state(
+    folder: Path,
+    step: int,
+    model: Any,
+    tokenizer: Tokenizer | None,
+    run_state: RunState,
+    *,
+    keep: int,
+    protect: Set[int] = frozenset(),
+    extra: dict[str, Any] | None = None,
+) -> Path:
+    """Writes `folder/step-<step>`, then removes older steps beyond the last `keep` and those in `protect`.
+
+    Nothing is removed before the new step is on the disk. Raises: DiskError, before writing where the room is too
+    small, and with nothing half-written where it runs out on the way.
+    """
+    form = folders.disk_form(model, tokenizer)
+    master = {} if _is_exact(model, form) else dict(model.state_dict())
+    moments = _flat(run_state.optimizer)
+    size = sum(tensors.num_bytes(table) for table in (form.weights, master, moments))
+    final = folder / f"step-{step:06d}"
+    storage.require_free(final, size + 10_000_000)
+    with storage.staged_folder(final) as staged:
+        folders.write_files(staged, model, tokenizer, form, extra=extra)
+        (staged / STATE).mkdir()
+        tensors.write_tensors(staged / STATE / "optimizer.safetensors", moments)
+        if master:
+            tensors.write_tensors(staged / STATE / "master.safetensors", master)
+        storage.write_text(staged / STATE / "run.json", _run_text(run_state))
+        manifest.write(staged, step=step)
+    prune(folder, step, keep=keep, protect=protect)
+    return final
+
+
+def latest_state(folder: Path, report: Report | None = None) -> SavedState | None:
+    """The highest step whose files all verify; None where no step was ever saved.
+
+    Damaged steps stay where they are; each is passed to `report` as an event and the next lower one is tried.
+    Raises: CheckpointError where steps exist and none is whole: training must not silently begin anew.
+    """
+    found = _steps(folder)
+    problems: list[str] = []
+    for path in found:
+        try:
+            value = manifest.verify(path)
+            return SavedState(_manifest_step(path, value), path)
+        except CheckpointError as error:
+            problems.append(str(error))
+            if report is not None:
+                report({"event": "checkpoint-damaged", "checkpoint": path.name, "problem": str(error)})
+    if problems:
+        raise CheckpointError(
+            f"{folder}: none of {len(found)} checkpoints is whole (newest: {problems[0]}); "
+            "restore one from a copy, or move the folder away to begin anew"
+        )
+    return None
+
+
+def load_state(saved: SavedState, model: Any) -> RunState:
+    """Puts the saved weights into `model`, bit by bit, and returns the rest of the run's state.
+
+    The optimiser's part is then given to `restore_optimizer`. Raises: CheckpointError.
+    """
+    path = saved.path
+    if (path / STATE / "master.safetensors").is_file():
+        weights = tensors.read_tensors(path / STATE / "master.safetensors")
+    else:
+        config = tensors.read_object(path / "config.json")
+        weights = tensors.read_model(path)
+        if not str(config.get("model_type")).startswith(folders.NATIVE_PREFIX):
+            weights = dict(model.state_from_hf(config, weights))
+    folders.load_weights(model, weights, str(path))
+    value = tensors.read_object(path / STATE / "run.json")
+    optimizer: dict[str, dict[str, Any]] = {name: dict(numbers) for name, numbers in value["optimizer"].items()}
+    for key, tensor in tensors.read_tensors(path / STATE / "optimizer.safetensors").items():
+        parameter, name = key.rsplit("/", 1)
+        optimizer[parameter][name] = tensor
+    return RunState(value["step"], value["tokens"], value["cursor"], value["rng"], optimizer, value["scalars"])
+
+
+def prune(folder: Path, step: int, *, keep: int, protect: Set[int] = frozenset()) -> None:
+    """Removes steps below `step` beyond the last `keep` whole ones; a damaged step is never counted as one of them."""
+    whole = 0
+    for path in _steps(folder):
+        number = _folder_step(path)
+        if number > step:
+            continue
+        if whole >= keep and number != step and number not in protect:
+            storage.remove_folder(path)
+        elif number == step:
+            whole += 1
+        elif whole < keep:
+            try:
+                manifest.verify(path)
+                whole += 1
+            except CheckpointError:
+                continue
+
+
+def _steps(folder: Path) -> list[Path]:
+    """Step folders, the highest step first; the manifest says which step it is, the name where it cannot."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        (path for path in folder.iterdir() if _STEP_NAME.fullmatch(path.name) and path.is_dir()),
+        key=_folder_step,
+        reverse=True,
+    )
+
+
+def _folder_step(path: Path) -> int:
+    try:
+        return _manifest_step(path, manifest.read(path))
+    except CheckpointError:
+        match = _STEP_NAME.fullmatch(path.name)
+        assert match is not None
+        return int(match[1])
+
+
+def _manifest_step(path: Path, value: dict[str, Any]) -> int:
+    step = value.get("step")
+    if not isinstance(step, int) or not (path / STATE).is_dir():
+        raise CheckpointError(f"{path}: no training state: its {manifest.NAME} names no step or {STATE}/ is missing")
+    return step
+
+
+def _is_exact(model: Any, form: folders.Form) -> bool:
+    """Whether the weights come back from the form on disk bit by bit."""
+    if form.native_because is not None:
+        return True
+    back = model.state_from_hf(form.config, form.weights)
+    state = model.state_dict()
+    return back.keys() == state.keys() and all(
+        back[name].dtype == tensor.dtype and torch.equal(back[name], tensor) for name, tensor in state.items()
+    )
+
+
+def _flat(optimizer: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    return {
+        f"{parameter}/{name}": value
+        for parameter, states in optimizer.items()
+        for name, value in states.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _run_text(run_state: RunState) -> str:
+    """state/run.json; unlike other files it may hold NaN and Infinity, which must come back as they were."""
+    numbers = {
+        parameter: {name: value for name, value in states.items() if not isinstance(value, Tensor)}
+        for parameter, states in run_state.optimizer.items()
+    }
+    value = {
+        "step": run_state.step,
+        "tokens": run_state.tokens,
+        "cursor": run_state.cursor,
+        "rng": run_state.rng,
+        "scalars": run_state.scalars,
+        "optimizer": numbers,
+    }
+    return json.dumps(value) + "\n"
