@@ -1,0 +1,208 @@
+"""What this machine is and can: cores, memory, devices, and whether it multiplies bf16 matrices faster than fp32.
+
+torch is imported inside the functions that need it, so that a report or `--help` does without.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from isoform import storage
+from isoform.errors import ConfigError, DiskError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# Packages whose version can change a number or a file, and those that are optional; absent ones are None.
+PACKAGES = (
+    *("isoform", "torch", "numpy", "scipy", "accelerate", "safetensors", "tokenizers", "pydantic", "pyarrow"),
+    *("transformers", "huggingface-hub", "datasets", "tensorboard", "wandb", "onnx", "onnxruntime", "gguf", "fastapi"),
+)
+_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "bf16")
+# bf16 must be this much faster before its lower precision is worth having.
+_WORTHWHILE_RATIO = 1.2
+
+
+def describe() -> dict[str, Any]:
+    """Everything that can change a number or a time: processor, its flags, cores, threads, memory, torch, platform."""
+    import torch
+
+    return {
+        "cpu": cpu_model(),
+        "cores": cores(),
+        "threads": torch.get_num_threads(),
+        "cpu_flags": sorted(cpu_flags()),
+        "memory_bytes": memory_bytes(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_build": [
+            line.strip(" -") for line in torch.__config__.show().splitlines() if "Build settings" not in line
+        ],
+        "devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def package_versions() -> dict[str, str | None]:
+    """The installed version of each package that matters, None where it is absent."""
+
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    return {name: version(name) for name in PACKAGES}
+
+
+def cpu_model() -> str:
+    """The processor's name, with family, model and stepping where the system tells: names alone are often vague."""
+    rows = _cpuinfo()
+    if "model name" in rows:
+        numbers = [f"{word} {rows[word]}" for word in ("cpu family", "model", "stepping") if word in rows]
+        return ", ".join([rows["model name"], *numbers])
+    return _sysctl("machdep.cpu.brand_string") or platform.processor() or platform.machine()
+
+
+def cpu_flags() -> set[str]:
+    """Those of the instruction sets that speed up matrix products which this processor has."""
+    rows = _cpuinfo()
+    present = set((rows.get("flags") or rows.get("Features") or "").split())
+    if _sysctl("hw.optional.arm.FEAT_BF16") == "1":
+        present.add("bf16")
+    return present & set(_FLAGS)
+
+
+def cores() -> int:
+    """Processors that this process may use: its affinity and the container's quota counted."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _read(Path("/sys/fs/cgroup/cpu.max")).split()
+    if len(quota) == 2 and quota[0].isdigit():
+        usable = min(usable, max(1, round(int(quota[0]) / int(quota[1]))))
+    return usable
+
+
+def threads() -> int:
+    """Threads that a computation should use: OMP_NUM_THREADS where it is set, else one a core."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    return int(asked) if asked.isdigit() and int(asked) > 0 else cores()
+
+
+def memory_bytes() -> int:
+    """Memory that this process may use: the machine's, or the container's limit where that is lower."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = _read(Path("/sys/fs/cgroup/memory.max")).strip()
+    return min(total, int(limit)) if limit.isdigit() else total
+
+
+def choose_device() -> str:
+    """`cuda`, else `mps`, else `cpu`."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def choose_precision(asked: str, device: str) -> str:
+    """`fp32` or `bf16`: what was asked, or for `auto` bf16 where the device multiplies bf16 matrices faster.
+
+    Raises: ConfigError for any other word.
+    """
+    if asked in ("fp32", "bf16"):
+        return asked
+    if asked != "auto":
+        raise ConfigError(f"train.precision: {asked!r} given; auto, fp32 or bf16 is expected")
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        import torch
+
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if kind == "cpu" and fast_bf16() else "fp32"
+
+
+def fast_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices at least 1.2 times as fast as fp32 ones; measured once, cached.
+
+    The answer is kept in the user's cache folder for this processor and torch version.
+    """
+    import torch
+
+    cache = _cache_folder() / "machine.json"
+    key = f"{cpu_model()} | torch {torch.__version__}"
+    known: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError):
+        stored = storage.read_json(cache)
+        known = stored if isinstance(stored, dict) else {}
+    ratio = known.get(key)
+    if not isinstance(ratio, float):
+        ratio = bf16_speedup()
+        with contextlib.suppress(OSError, DiskError):
+            storage.write_json(cache, {**known, key: ratio})
+    return ratio >= _WORTHWHILE_RATIO
+
+
+def bf16_speedup() -> float:
+    """Time of an fp32 product of (4096, 256) and (256, 1024) over that of a bf16 one, casts included.
+
+    This is the feed-forward product of a small transformer. One thread, and the fastest of several tries, since other
+    work on the machine can only slow them down. Takes under half a second.
+    """
+    import torch
+
+    left, right = torch.ones(4096, 256), torch.ones(256, 1024)
+
+    def product_fp32() -> Tensor:
+        return left @ right
+
+    def product_bf16() -> Tensor:
+        return left.bfloat16() @ right.bfloat16()
+
+    best = {product: float("inf") for product in (product_fp32, product_bf16)}
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        end = time.perf_counter() + 0.3
+        # Taking turns lets both see the same disturbance.
+        while time.perf_counter() < end:
+            for product in best:
+                began = time.perf_counter()
+                product()
+                best[product] = min(best[product], time.perf_counter() - began)
+    finally:
+        torch.set_num_threads(num_threads)
+    return best[product_fp32] / best[product_bf16]
+
+
+def _cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isoform"
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's rows of /proc/cpuinfo, where the system has it."""
+    first = _read(Path("/proc/cpuinfo")).split("\n\n")[0]
+    return {key.strip(): value.strip() for key, value in re.findall(r"(?m)^([^:\n]+?)\s*:(.*)$", first)}
+
+
+def _sysctl(name: str) -> str:
+    """A value of macOS's sysctl, empty elsewhere."""
+    if platform.system() != "Darwin":
+        return ""
+    done = subprocess.run(["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
