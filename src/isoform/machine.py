@@ -19,6 +19,7 @@ from isoform import storage
 from isoform.errors import ConfigError, DiskError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 # Packages whose version can change a number or a file, and those that are optional; absent ones are None.
@@ -104,16 +105,16 @@ def memory_bytes() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def choose_device() -> str:
+def choose_device() -> torch.device:
     """`cuda`, else `mps`, else `cpu`."""
     import torch
 
     if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def choose_precision(asked: str, device: str) -> str:
+def choose_precision(asked: str, device: str | torch.device) -> str:
     """`fp32` or `bf16`: what was asked, or for `auto` bf16 where the device multiplies bf16 matrices faster.
 
     Raises: ConfigError for any other word.
@@ -122,7 +123,7 @@ def choose_precision(asked: str, device: str) -> str:
         return asked
     if asked != "auto":
         raise ConfigError(f"train.precision: {asked!r} given; auto, fp32 or bf16 is expected")
-    kind = device.partition(":")[0]
+    kind = str(device).partition(":")[0]
     if kind == "cuda":
         import torch
 

@@ -155,17 +155,6 @@ def iterate_jsonl(path: Path) -> Iterator[Any]:
                 raise DataError(f"{path}:{number}: not a line of JSON; delete the line if it is not needed") from None
 
 
-def open_log(path: Path) -> IO[str]:
-    """Opens a JSONL file for appending, after cutting off a last line that was torn by a crash."""
-    with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("a+b") as file:
-            file.seek(0)
-            end = max((file.tell() for line in iter(file.readline, b"") if line.endswith(b"\n")), default=0)
-            file.truncate(end)
-        return path.open("a", encoding="utf-8", newline="\n")
-
-
 @contextmanager
 def staged_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends without an error, and vanishes otherwise.

@@ -147,9 +147,7 @@ def load_model(
     _refuse_pickle(folder)
     family, config, extra = _identify(folder, hf_config)
     cls = registry.lookup("model", family)
-    weights = tensors.read_model(folder)
-    if not str(hf_config.get("model_type")).startswith(NATIVE_PREFIX):
-        weights = dict(cls.state_from_hf(hf_config, weights))
+    weights = _own_names(cls, hf_config, tensors.read_model(folder))
     model = cls(config)
     load_weights(model, weights, str(folder))
     wanted = dtype or next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
@@ -161,6 +159,18 @@ def load_model(
     tokenizer, reason = _load_tokenizer(folder, config)
     info = {"path": str(folder), "extra": extra, "verified": verified, "hf_config": hf_config, "tokenizer": reason}
     return LoadedModel(model, tokenizer, family, config, info)
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """The tensors of a folder that `save_model` or `save_state` wrote, under the model's own names."""
+    hf_config = read_object(folder / "config.json")
+    family, _, _ = _identify(folder, hf_config)
+    return _own_names(registry.lookup("model", family), hf_config, tensors.read_model(folder))
+
+
+def _own_names(cls: type[Any], hf_config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    native = str(hf_config.get("model_type")).startswith(NATIVE_PREFIX)
+    return weights if native else dict(cls.state_from_hf(hf_config, weights))
 
 
 def load_weights(model: Any, weights: Mapping[str, Tensor], where: str) -> None:

@@ -14,7 +14,7 @@ from isoform.errors import CheckpointError
 _KEEPS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
 
 Optimizers = Any | Sequence[Any]
-NamedParameters = Iterable[tuple[str, Tensor]]
+NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 
 
 def optimizer_state_by_name(optimizers: Optimizers, named_parameters: NamedParameters) -> dict[str, dict[str, Any]]:
@@ -22,7 +22,7 @@ def optimizer_state_by_name(optimizers: Optimizers, named_parameters: NamedParam
 
     A parameter without state (before the first step) has an empty entry, so that the names are always complete.
     """
-    names = {id(parameter): name for name, parameter in named_parameters}
+    names = _names(named_parameters)
     return {
         names[id(parameter)]: dict(optimizer.state.get(parameter, {})) for optimizer, _, parameter in _each(optimizers)
     }
@@ -36,7 +36,7 @@ def restore_optimizer(
     Raises: CheckpointError that lists parameters which only one side has, or whose state is another optimiser's or of
     another shape; nothing is changed then.
     """
-    names = {id(parameter): name for name, parameter in named_parameters}
+    names = _names(named_parameters)
     placed = [(optimizer, group, parameter, names[id(parameter)]) for optimizer, group, parameter in _each(optimizers)]
     ours = {name for *_, name in placed}
     missing, extra = sorted(ours - saved.keys()), sorted(saved.keys() - ours)
@@ -53,6 +53,11 @@ def restore_optimizer(
             optimizer.state[parameter] = {
                 key: _place(key, value, parameter, group) for key, value in saved[name].items()
             }
+
+
+def _names(named_parameters: NamedParameters) -> dict[int, str]:
+    pairs = named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters
+    return {id(parameter): name for name, parameter in pairs}
 
 
 def _each(optimizers: Optimizers) -> Iterator[tuple[torch.optim.Optimizer, dict[str, Any], Tensor]]:

@@ -1,7 +1,7 @@
 """Exact training state: a step folder is a model folder plus `state/`, complete or absent.
 
     step-000500/   model.safetensors, config.json, tokenizer.json, ...   a model folder (see `folders`)
-                   state/run.json                step, tokens, data cursor, random streams, numbers of the optimiser
+                   state/run.json                tokens, data cursor, random streams, numbers of the optimiser
                    state/optimizer.safetensors   tensors of the optimiser: `parameter name/state name`
                    state/master.safetensors      the weights, only where the model folder does not hold them bit by bit
                    manifest.json                 step, size and SHA-256 of each file, written last
@@ -23,25 +23,35 @@ from torch import Tensor
 
 from isoform import storage
 from isoform.checkpoints import folders, manifest, tensors
+from isoform.checkpoints.optimizers import optimizer_state_by_name, restore_optimizer
 from isoform.contracts import RunState, Tokenizer
 from isoform.errors import CheckpointError
 
 STATE = "state"
 _STEP_NAME = re.compile(r"step-(\d+)")
-Report = Callable[[dict[str, Any]], None]
+
+__all__ = [
+    "Loaded",
+    "latest_state",
+    "load_state",
+    "optimizer_state_by_name",
+    "prune",
+    "restore_optimizer",
+    "save_state",
+]
 
 
 @dataclass(frozen=True, slots=True)
-class SavedState:
-    """A step folder whose files have been verified."""
+class Loaded:
+    """A verified step: its folder, the run's state, and the weights under the model's own names, bit by bit."""
 
-    step: int
     path: Path
+    state: RunState
+    tensors: dict[str, Tensor]
 
 
 def save_state(
     folder: Path,
-    step: int,
     model: Any,
     tokenizer: Tokenizer | None,
     run_state: RunState,
@@ -50,7 +60,7 @@ def save_state(
     protect: Set[int] = frozenset(),
     extra: dict[str, Any] | None = None,
 ) -> Path:
-    """Writes `folder/step-<step>`, then removes older steps beyond the last `keep` and those in `protect`.
+    """Writes `folder/step-<run_state.step>`, then removes older steps but the last `keep` and those in `protect`.
 
     Nothing is removed before the new step is on the disk. Raises: DiskError, before writing where the room is too
     small, and with nothing half-written where it runs out on the way.
@@ -59,6 +69,7 @@ def save_state(
     master = {} if _is_exact(model, form) else dict(model.state_dict())
     moments = _flat(run_state.optimizer)
     size = sum(tensors.num_bytes(table) for table in (form.weights, master, moments))
+    step = run_state.step
     final = folder / f"step-{step:06d}"
     storage.require_free(final, size + 10_000_000)
     with storage.staged_folder(final) as staged:
@@ -73,22 +84,22 @@ def save_state(
     return final
 
 
-def latest_state(folder: Path, report: Report | None = None) -> SavedState | None:
+def latest_state(folder: Path, on_event: Callable[..., None] | None = None) -> Loaded | None:
     """The highest step whose files all verify; None where no step was ever saved.
 
-    Damaged steps stay where they are; each is passed to `report` as an event and the next lower one is tried.
-    Raises: CheckpointError where steps exist and none is whole: training must not silently begin anew.
+    Damaged steps stay where they are; each is told as `on_event("checkpoint-damaged", checkpoint=..., problem=...)`
+    and the next lower one is tried. Raises: CheckpointError where steps exist and none is whole: training must not
+    silently begin anew.
     """
     found = _steps(folder)
     problems: list[str] = []
     for path in found:
         try:
-            value = manifest.verify(path)
-            return SavedState(_manifest_step(path, value), path)
+            return load_state(path)
         except CheckpointError as error:
             problems.append(str(error))
-            if report is not None:
-                report({"event": "checkpoint-damaged", "checkpoint": path.name, "problem": str(error)})
+            if on_event is not None:
+                on_event("checkpoint-damaged", checkpoint=path.name, problem=str(error))
     if problems:
         raise CheckpointError(
             f"{folder}: none of {len(found)} checkpoints is whole (newest: {problems[0]}); "
@@ -97,26 +108,22 @@ def latest_state(folder: Path, report: Report | None = None) -> SavedState | Non
     return None
 
 
-def load_state(saved: SavedState, model: Any) -> RunState:
-    """Puts the saved weights into `model`, bit by bit, and returns the rest of the run's state.
-
-    The optimiser's part is then given to `restore_optimizer`. Raises: CheckpointError.
+def load_state(path: Path) -> Loaded:
+    """One step folder, verified and read; its weights go to `folders.load_weights`, its optimiser part to
+    `restore_optimizer`. Raises: CheckpointError that names the first missing or damaged file.
     """
-    path = saved.path
+    value = manifest.verify(path)
+    step = _manifest_step(path, value)
     if (path / STATE / "master.safetensors").is_file():
         weights = tensors.read_tensors(path / STATE / "master.safetensors")
     else:
-        config = tensors.read_object(path / "config.json")
-        weights = tensors.read_model(path)
-        if not str(config.get("model_type")).startswith(folders.NATIVE_PREFIX):
-            weights = dict(model.state_from_hf(config, weights))
-    folders.load_weights(model, weights, str(path))
-    value = tensors.read_object(path / STATE / "run.json")
-    optimizer: dict[str, dict[str, Any]] = {name: dict(numbers) for name, numbers in value["optimizer"].items()}
+        weights = folders.read_weights(path)
+    run = tensors.read_object(path / STATE / "run.json")
+    optimizer: dict[str, dict[str, Any]] = {name: dict(numbers) for name, numbers in run["optimizer"].items()}
     for key, tensor in tensors.read_tensors(path / STATE / "optimizer.safetensors").items():
         parameter, name = key.rsplit("/", 1)
         optimizer[parameter][name] = tensor
-    return RunState(value["step"], value["tokens"], value["cursor"], value["rng"], optimizer, value["scalars"])
+    return Loaded(path, RunState(step, run["tokens"], run["cursor"], run["rng"], optimizer, run["scalars"]), weights)
 
 
 def prune(folder: Path, step: int, *, keep: int, protect: Set[int] = frozenset()) -> None:
@@ -192,7 +199,6 @@ def _run_text(run_state: RunState) -> str:
         for parameter, states in run_state.optimizer.items()
     }
     value = {
-        "step": run_state.step,
         "tokens": run_state.tokens,
         "cursor": run_state.cursor,
         "rng": run_state.rng,
