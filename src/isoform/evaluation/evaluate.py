@@ -1,0 +1,211 @@
+"""Scores of a model on a split: what it loses on true text, and what it answers.
+
+Every draw is fixed by the sample's id, every sum runs over examples in their order, so batch size, order and ranks
+change nothing beyond the rounding of the model itself; no random stream of the training is touched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import numpy as np
+
+from isoform import chance
+from isoform.contracts import Batch, Encoded, Metric, Model, Objective, Output, Prompt, Sample, Tokenizer
+from isoform.errors import ConfigError
+from isoform.evaluation.generate import generate
+from isoform.evaluation.metrics import build_metrics, result_row
+
+if TYPE_CHECKING:
+    import torch
+
+# Columns that come from generated answers; every other one is a statistic of the objective.
+ANSWER_COLUMNS = frozenset({"correct", "examples"})
+# Samples prepared at once: enough to batch like lengths together, few enough to stream.
+POOL_SAMPLES = 4096
+
+
+class Examples(Protocol):
+    """Encoded documents by index."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Encoded: ...
+
+
+class ScoredObjective(Objective, Protocol):
+    """An objective that gives the statistics of examples and can spell answers."""
+
+    tokenizer: Tokenizer
+
+    def statistics(self, model: Model, batch: Batch, output: Output) -> Mapping[str, torch.Tensor]:
+        """Column -> float64 `(b,)`, one additive number a sequence."""
+        ...
+
+
+@dataclass(slots=True)
+class Evaluation:
+    """Rows of eval.json ({metric, split, value, n, low, high}) and of predictions.jsonl."""
+
+    rows: list[dict[str, Any]]
+    predictions: list[dict[str, Any]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """How the model is run."""
+
+    model: Model
+    batch_tokens: int
+    device: torch.device | str
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+
+def evaluate(
+    model: Model,
+    objective: Objective,
+    dataset: Examples,
+    *,
+    split: str,
+    metrics: Sequence[str] | None = None,
+    batch_tokens: int = 32_768,
+    max_new_tokens: int | None = None,
+    confidence: float = 0.95,
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    keep_predictions: int | None = None,
+    rank: int = 0,
+    world: int = 1,
+    gather: Callable[[list[Any]], list[Any]] = lambda rows: rows,
+) -> Evaluation:
+    """The metrics of one split, token-weighted, with intervals over examples.
+
+    metrics: names; None: the objective's own. keep_predictions: the most rows to keep; None: all. rank, world: this
+    process scores every world-th example; gather: the lists of all ranks end to end.
+
+    Raises: ConfigError where a metric needs answers that the objective does not generate.
+    """
+    scored = cast(ScoredObjective, objective)
+    chosen = build_metrics(objective.metrics if metrics is None else metrics)
+    wanted = {column for metric in chosen for column in metric.columns}
+    way = _Way(model, batch_tokens, device, autocast)
+    mine = list(range(rank, len(dataset), world))
+    rows: dict[int, dict[str, Any]] = {index: _empty_row(dataset[index], split) for index in mine}
+    if wanted - ANSWER_COLUMNS:
+        for index, stats in _likelihoods(way, scored, dataset, mine):
+            rows[index]["stats"].update({name: value for name, value in stats.items() if name in wanted})
+    if wanted & ANSWER_COLUMNS:
+        _answers(way, scored, dataset, rows, max_new_tokens)
+    gathered = sorted(gather(list(rows.items())))
+    predictions = _distinct_ids([row for _, row in gathered])
+    kept = predictions if keep_predictions is None else predictions[:keep_predictions]
+    return Evaluation(_result_rows(chosen, split, predictions, confidence), kept)
+
+
+def _empty_row(encoded: Encoded, split: str) -> dict[str, Any]:
+    return {"id": encoded.id, "split": split, "input": None, "gold": None, "prediction": None, "stats": {}}
+
+
+def _result_rows(
+    metrics: Sequence[Metric], split: str, predictions: Sequence[Mapping[str, Any]], confidence: float
+) -> list[dict[str, Any]]:
+    columns = {column for metric in metrics for column in metric.columns}
+    present = [column for column in columns if predictions and all(column in row["stats"] for row in predictions)]
+    stats = {column: np.array([row["stats"][column] for row in predictions]) for column in present}
+    return [result_row(metric, split, stats, confidence) for metric in metrics]
+
+
+def _distinct_ids(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Equal documents have equal ids; the second of them becomes `id#2`, so that rows pair one to one."""
+    seen: Counter[str] = Counter()
+    for row in rows:
+        seen[row["id"]] += 1
+        if seen[row["id"]] > 1:
+            row["id"] = f"{row['id']}#{seen[row['id']]}"
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------- on the true answers
+
+
+def _likelihoods(
+    way: _Way, objective: ScoredObjective, dataset: Examples, indices: Sequence[int]
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """(index, statistics of the example) in no particular order."""
+    import torch
+
+    from isoform.data.batches import collate
+
+    for first in range(0, len(indices), POOL_SAMPLES):
+        pool = [(index, _fixed_sample(objective, dataset[index])) for index in indices[first : first + POOL_SAMPLES]]
+        for group in _token_batches(pool, way.batch_tokens):
+            batch = collate([sample for _, sample in group]).to(way.device)
+            with torch.no_grad(), way.autocast():
+                found = objective.statistics(way.model, batch, way.model(batch))
+            columns = {name: values.tolist() for name, values in found.items()}
+            for row, (index, sample) in enumerate(group):
+                stats = {name: float(values[row]) for name, values in columns.items()}
+                yield index, {**stats, "bytes": float(sample.num_bytes)}
+
+
+def _fixed_sample(objective: Objective, encoded: Encoded) -> Sample:
+    return objective.prepare(encoded, chance.generator("evaluation", encoded.id))
+
+
+def _token_batches(pool: Sequence[tuple[int, Sample]], batch_tokens: int) -> Iterator[list[tuple[int, Sample]]]:
+    """Samples of like length together, at most `batch_tokens` tokens a batch."""
+    group: list[tuple[int, Sample]] = []
+    size = 0
+    for index, sample in sorted(pool, key=lambda item: len(item[1].tokens)):
+        tokens = len(sample.tokens) + (0 if sample.source is None else len(sample.source.tokens))
+        if group and size + tokens > batch_tokens:
+            yield group
+            group, size = [], 0
+        group.append((index, sample))
+        size += tokens
+    if group:
+        yield group
+
+
+# -------------------------------------------------------------------------------------------------- on its own answers
+
+
+def _answers(
+    way: _Way,
+    objective: ScoredObjective,
+    dataset: Examples,
+    rows: Mapping[int, dict[str, Any]],
+    max_new_tokens: int | None,
+) -> None:
+    """Generates the answer to every question, greedily, and writes what was asked, expected and said into the rows."""
+    indices = list(rows)
+    for first in range(0, len(indices), POOL_SAMPLES):
+        some = indices[first : first + POOL_SAMPLES]
+        prompts = [_question(objective, dataset[index]) for index in some]
+        generations = generate(
+            way.model,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_tokens=way.batch_tokens,
+            device=way.device,
+            autocast=way.autocast,
+        )
+        for index, prompt, generation in zip(some, prompts, generations, strict=True):
+            said = objective.tokenizer.decode(generation.tokens)
+            rows[index].update(input=prompt.text, gold=prompt.gold, prediction=said)
+            rows[index]["stats"].update(correct=float(said == prompt.gold), examples=1.0)
+
+
+def _question(objective: Objective, encoded: Encoded) -> Prompt:
+    prompt = objective.prompt(encoded)
+    if prompt is None or prompt.gold is None:
+        raise ConfigError(
+            "evaluate.metrics: exact_match needs questions with known answers, which this objective does not ask; "
+            f"its metrics: {', '.join(objective.metrics)}"
+        )
+    return prompt

@@ -1,0 +1,120 @@
+"""Question to answer: supervised fine-tuning on pairs, with loss on the answer alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+
+from isoform.contracts import IGNORE, Document, Encoded, Prompt, Sample, Tokenizer
+from isoform.errors import DataError
+from isoform.objectives.crossentropy import TokenObjective
+from isoform.objectives.fields import place, required_text, special_id, tokens_of
+from isoform.registry import Options, register
+
+if TYPE_CHECKING:
+    from isoform.contracts import IntArray, Ints
+
+
+@register("objective", "answers")
+class Answers(TokenObjective):
+    """`question SEP answer END`, asked: the answer's tokens and END, each from all that stands before it.
+
+    The text is never changed: characters that the tokenizer does not know become its unknown token.
+
+    Source: CS224N assignment 5, `NameDataset` (question MASK place MASK).
+    Differs: that one also asks for the separator after the question, which says nothing about the answer, drops
+    characters outside ASCII from training texts, and pads.
+    """
+
+    class Config(Options):
+        separator: str = "mask"
+        # role of the special token between question and answer
+        end: str = "mask"
+        # role of the special token after the answer
+        long_questions: Literal["truncate", "refuse"] = "truncate"
+        # a question that leaves no room for its answer: cut off on the left, or an error
+
+    fields: tuple[str, ...] = ("question", "answer")
+    alternatives: tuple[tuple[str, ...], ...] = (("question", "answer"),)
+    optional_fields: tuple[str, ...] = ("answer",)
+    needs: frozenset[str] = frozenset({"causal"})
+    stochastic: bool = False
+    windowed: bool = False
+    metrics: tuple[str, ...] = ("exact_match", "loss", "token_accuracy")
+
+    def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.window_tokens = max_tokens + 1
+
+    @cached_property
+    def separator(self) -> int:
+        return special_id(self.tokenizer, self.config.separator, "objective.separator")
+
+    @cached_property
+    def end(self) -> int:
+        return special_id(self.tokenizer, self.config.end, "objective.end")
+
+    def encode(self, document: Document) -> Encoded:
+        question = required_text(document, "question")
+        ids = {"question": self.tokenizer.encode(question)}
+        num_bytes = 0
+        if "answer" in document.fields:
+            answer = required_text(document, "answer")
+            ids["answer"] = self.tokenizer.encode(answer)
+            num_bytes = len(answer.encode())
+        self._check_room(document, ids)
+        return Encoded(document.id, ids, num_bytes, document)
+
+    def _check_room(self, document: Document, ids: Mapping[str, IntArray]) -> None:
+        """The answer and its separator must fit into the context; the question too, where cutting is refused."""
+        num_question, num_answer = len(ids["question"]), len(ids.get("answer", ()))
+        if num_answer + 1 > self.max_tokens:
+            raise DataError(
+                f"{place(document)}: the answer has {num_answer} tokens, at most {self.max_tokens - 1} fit into "
+                "`text.max_tokens`; raise it or remove the row"
+            )
+        if self.config.long_questions == "refuse" and num_question + num_answer + 1 > self.max_tokens:
+            raise DataError(
+                f"{place(document)}: question and answer have {num_question} and {num_answer} tokens, with the "
+                f"separator at most {self.max_tokens} fit; raise `text.max_tokens` or set "
+                "`objective.long_questions: truncate`"
+            )
+
+    def encoding_key(self) -> str:
+        return f"answers {self.config.long_questions} {self.max_tokens}"
+
+    def planned_tokens(self, field_tokens: Mapping[str, Ints]) -> Ints:
+        lengths: Ints = field_tokens["question"] + field_tokens["answer"] + 1
+        return np.minimum(lengths, self.max_tokens)
+
+    def prepare(self, encoded: Encoded, rng: np.random.Generator) -> Sample:
+        if "answer" not in encoded.fields:
+            where = place(encoded.document) if encoded.document else encoded.id
+            raise DataError(f"{where}: no field 'answer'; training and scoring need one, `isoform predict` does not")
+        answer = encoded.fields["answer"]
+        question = _right(encoded.fields["question"], self.max_tokens - 1 - len(answer))
+        tokens = tokens_of(question, self.separator, answer)
+        targets = np.full_like(tokens, IGNORE)
+        targets[len(question) :] = tokens_of(answer, self.end)
+        return Sample(encoded.id, tokens, targets, num_bytes=encoded.num_bytes)
+
+    def prompt(self, encoded: Encoded) -> Prompt:
+        """`question SEP`, answered until END; the expected answer is the text itself, not its tokens."""
+        question = encoded.fields["question"]
+        texts = encoded.document.fields if encoded.document else {}
+        text = texts.get("question", self.tokenizer.decode(question.tolist()))
+        gold = texts.get("answer")
+        if gold is None and "answer" in encoded.fields:
+            gold = self.tokenizer.decode(encoded.fields["answer"].tolist())
+        tokens = tokens_of(_right(question, self.max_tokens - 1), self.separator)
+        return Prompt(encoded.id, tokens, (self.end,), self.max_tokens, text, gold)
+
+
+def _right(tokens: IntArray, num_tokens: int) -> IntArray:
+    """The last `num_tokens` tokens."""
+    return tokens[max(0, len(tokens) - num_tokens) :]

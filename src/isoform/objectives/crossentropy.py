@@ -1,0 +1,83 @@
+"""The cross-entropy of tokens, for every objective whose targets are tokens.
+
+    loss = sum over asked places i of  w_i (log sum_j exp(z_ij) - z_i,y_i)        in nats
+
+z `(m, v)`: logits at the m places that have a target; y `(m,)`: their targets; w `(m,)`: the weight of their sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from isoform.contracts import IGNORE, Batch, LossPart, Model, Output
+from isoform.layers import ragged
+
+# Logits made at once: 64 MB in fp32. Where nothing is kept for a backward pass, this bounds the memory of the loss.
+CHUNK_LOGITS = 1 << 24
+
+
+def logit_chunks(model: Model, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits in at least fp32 and targets, a few rows at a time; at least one chunk, so that the graph is whole.
+
+    Shapes: hidden (m, d), targets (m,); yields (c, v) and (c,).
+    """
+    rows = max(1, CHUNK_LOGITS // model.config.vocab_size)
+    for some_hidden, some_targets in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
+        logits = model.logits(some_hidden)
+        yield (logits if logits.dtype == torch.float64 else logits.float()), some_targets
+
+
+class TokenObjective:
+    """Counts, loss and statistics where every target is a token: one part, `loss`, in nats.
+
+    A sample's weight multiplies its targets in both the total and the count.
+    """
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        """The weighted number of targets; filler has none."""
+        asked, _, weights = _asked(batch)
+        return {"loss": float(len(asked)) if weights is None else float(weights.double().sum())}
+
+    def loss(self, model: Model, batch: Batch, output: Output) -> dict[str, LossPart]:
+        """The weighted sum of -log p(target), in nats."""
+        asked, targets, weights = _asked(batch)
+        losses = torch.cat(
+            [
+                functional.cross_entropy(logits, some, reduction="none")
+                for logits, some in logit_chunks(model, output.hidden[asked], targets)
+            ]
+        )
+        return {"loss": LossPart((losses if weights is None else losses * weights).sum())}
+
+    def statistics(self, model: Model, batch: Batch, output: Output) -> dict[str, Tensor]:
+        """Unweighted sums of each sequence, float64 `(b,)` on the host: nats, tokens, correct_tokens."""
+        asked, targets, _ = _asked(batch)
+        nats, correct = [], []
+        for logits, some in logit_chunks(model, output.hidden[asked], targets):
+            nats.append(functional.cross_entropy(logits, some, reduction="none"))
+            correct.append(logits.argmax(-1) == some)
+        sequence = ragged.rows(batch.sequences, torch.device("cpu"))[asked.cpu()]
+
+        def by_sequence(values: Tensor) -> Tensor:
+            sums = torch.zeros(len(batch.sequences), dtype=torch.float64)
+            return sums.index_add(0, sequence, values.cpu().double())
+
+        return {
+            "nats": by_sequence(torch.cat(nats)),
+            "tokens": by_sequence(torch.ones_like(targets)),
+            "correct_tokens": by_sequence(torch.cat(correct)),
+        }
+
+
+def _asked(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Places that have a target `(m,)`, their targets `(m,)`, and their samples' weights `(m,)` if any."""
+    assert batch.targets is not None, "a batch of this objective has targets"
+    asked = (batch.targets != IGNORE).nonzero().squeeze(1)
+    weights = None
+    if batch.weights is not None:
+        weights = batch.weights[ragged.rows(batch.sequences, batch.tokens.device)[asked]]
+    return asked, batch.targets[asked], weights

@@ -1,0 +1,50 @@
+"""The text of a document's fields and the tokenizer's special tokens, with errors that say where to look."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from isoform.contracts import Document, Tokenizer
+from isoform.errors import ConfigError, DataError
+from isoform.registry import nearest
+
+if TYPE_CHECKING:
+    from isoform.contracts import IntArray
+
+
+def place(document: Document) -> str:
+    """`source:row` of a document, or its id where the source did not say."""
+    source, row = document.meta.get("source"), document.meta.get("row")
+    if source is None:
+        return f"document {document.id}"
+    return str(source) if row is None else f"{source}:{row}"
+
+
+def required_text(document: Document, field: str) -> str:
+    """The field's text. Raises: DataError naming source and row where it is missing or blank."""
+    text = document.fields.get(field)
+    if text is None:
+        given = ", ".join(document.fields) or "none"
+        raise DataError(f"{place(document)}: no field {field!r} (fields: {given}); name its column with `data.{field}`")
+    if not text.strip():
+        raise DataError(f"{place(document)}: the field {field!r} is empty; give it a text or remove the row")
+    return text
+
+
+def special_id(tokenizer: Tokenizer, role: str, where: str) -> int:
+    """The id of the special token called `role`. Raises: ConfigError naming the config field `where`."""
+    ids = tokenizer.special_ids
+    if role not in ids:
+        known = ", ".join(sorted(ids)) or "none"
+        raise ConfigError(
+            f"{where}: the tokenizer has no special token {role!r}{nearest(role, ids)}; its special tokens: {known}"
+        )
+    return ids[role]
+
+
+def tokens_of(*pieces: IntArray | Sequence[int] | int) -> IntArray:
+    """Token ids end to end, int32 `(t,)`."""
+    return np.concatenate([np.atleast_1d(np.asarray(piece, dtype=np.int32)) for piece in pieces])
