@@ -1,0 +1,87 @@
+"""Attention on ragged batches: `attend`, and `attend_dense`, the plain reference that it must agree with.
+
+    weights(i, j) = softmax over visible j of  scale q_i . k_j - slope |i - j|
+    output(i)     = sum over j of weights(i, j) v_j
+
+Letters: n query tokens, m key tokens, b sequences, t queries and s keys of a sequence, h heads, g key/value heads
+(head number x reads key/value head x // (h / g)), k head width. Where there are fewer queries than keys, the last
+query stands at the last key: cached decoding is the case t = 1.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from isoform.contracts import Sequences
+from isoform.layers import blocks as blocked
+from isoform.layers.dropout import DropoutSite
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Sequences,
+    keys: Sequences,
+    *,
+    causal: bool,
+    window: int | None = None,
+    slopes: tuple[float, ...] | None = None,
+    scale: float | None = None,
+    dropout: DropoutSite | None = None,
+) -> Tensor:
+    """Attention of each sequence's queries over the same sequence's keys.
+
+    causal: no query sees a later key. window: causal, the last `window` tokens, its own among them; otherwise
+    `window // 2` tokens to each side. slopes `(h,)`: see ALiBi. scale: 1 / sqrt(k) unless given.
+
+    Shapes: query `(n, h, k)`, key and value `(m, g, k)` -> `(n, h, k)`.
+    Source: Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023. Differs: nothing.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    rule = blocked.Rule(causal, window, slopes, query.shape[-1] ** -0.5 if scale is None else scale)
+    plan = blocked.plan(queries, keys, rule, query, key.shape[1])
+    return blocked.attend(query, key, value, plan, rule, dropout)
+
+
+def attend_dense(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    *,
+    slopes: tuple[float, ...] | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of padded sequences under a mask, step by step as the formula says; queries end where keys end.
+
+    Shapes: query `(b, t, h, k)`, key and value `(b, s, g, k)`, visible bool `(b, t, s)` -> `(b, t, h, k)`.
+    """
+    t, s = visible.shape[-2:]
+    group = query.shape[2] // key.shape[2]
+    key, value = key.repeat_interleave(group, dim=2), value.repeat_interleave(group, dim=2)  # (b, s, h, k)
+    scores = torch.einsum("bthk,bshk->bhts", query, key) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if slopes is not None:
+        slope = torch.tensor(slopes, dtype=scores.dtype, device=scores.device)[:, None, None]  # (h, 1, 1)
+        scores = scores - slope * distance(t, s, scores.device).abs()
+    scores = scores.masked_fill(~visible[:, None], float("-inf"))
+    return torch.einsum("bhts,bshk->bthk", scores.softmax(dim=-1), value)
+
+
+def distance(t: int, s: int, device: torch.device) -> Tensor:
+    """`(t, s)`: how many tokens key j stands before query i, when the last query stands at the last key."""
+    return torch.arange(s - t, s, device=device)[:, None] - torch.arange(s, device=device)
+
+
+def visibility(
+    t: int, s: int, *, causal: bool, window: int | None = None, device: torch.device | None = None
+) -> Tensor:
+    """bool `(t, s)`: which key each query of one sequence may see."""
+    ahead = distance(t, s, device or torch.device("cpu"))
+    seen = ahead >= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    if window is not None:
+        seen = seen & ((ahead < window) if causal else (ahead.abs() <= window // 2))
+    return seen

@@ -1,0 +1,108 @@
+"""A transformer block of a decoder or encoder: self-attention and feed-forward, each in a residual arm.
+
+norm first   x + arm(norm(x))          norm last   norm(x + arm(x))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from isoform.contracts import Sequences
+from isoform.layers.attention import attend
+from isoform.layers.cache import KVCache
+from isoform.layers.dropout import Dropout
+from isoform.layers.init import linear
+from isoform.layers.position import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Stream:
+    """What every block of a forward pass reads beside the hidden states.
+
+    positions: `(n,)`; dropout_keys: `(n,)` or None, no dropout; cache: of earlier tokens, or None.
+    """
+
+    positions: Tensor
+    sequences: Sequences
+    position: Position
+    dropout_keys: Tensor | None = None
+    cache: KVCache | None = None
+
+
+class SelfAttention(nn.Module):
+    """Projections round `attend`: one matrix makes queries, keys and values.
+
+    Shapes: hidden `(n, d)`; qkv `((h + 2 g) k, d)`, rows in the order queries, keys, values; output `(d, h k)`.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        num_kv_heads: int,
+        *,
+        layer: int,
+        causal: bool,
+        window: int | None,
+        bias: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_width = num_heads, num_kv_heads, width // num_heads
+        self.layer, self.causal, self.window = layer, causal, window
+        self.qkv = linear(width, (num_heads + 2 * num_kv_heads) * self.head_width, bias=bias)
+        self.output = linear(width, width, bias=bias)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, hidden: Tensor, stream: Stream) -> Tensor:
+        heads, groups = self.num_heads, self.num_kv_heads
+        states = self.qkv(hidden).view(-1, heads + 2 * groups, self.head_width)  # (n, h + 2 g, k)
+        query, key, value = states.split((heads, groups, groups), dim=1)
+        query, key = stream.position.rotate(query, key, stream.positions, stream.positions)
+        keys = stream.sequences
+        if stream.cache is not None:
+            key, value, keys = stream.cache.extend(self.layer, key, value, stream.sequences)
+        mixed = attend(
+            query,
+            key,
+            value,
+            stream.sequences,
+            keys,
+            causal=self.causal,
+            window=self.window,
+            slopes=stream.position.slopes(),
+            dropout=self.dropout.on_weights(stream.dropout_keys),
+        )
+        output: Tensor = self.output(mixed.flatten(1))  # (n, h, k) -> (n, d)
+        return output
+
+
+class Block(nn.Module):
+    """Attention and feed-forward with their norms and dropouts, see the head of this file. Shapes: `(n, d)` -> `(n, d)`."""
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        feedforward: nn.Module,
+        attention_norm: nn.Module,
+        feedforward_norm: nn.Module,
+        *,
+        norm_first: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.norm_first = norm_first
+        self.attention_norm, self.attention = attention_norm, attention
+        self.feedforward_norm, self.feedforward = feedforward_norm, feedforward
+        self.attention_dropout, self.feedforward_dropout = Dropout(dropout), Dropout(dropout)
+
+    def forward(self, hidden: Tensor, stream: Stream) -> Tensor:
+        keys = stream.dropout_keys
+        if self.norm_first:
+            hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), stream), keys)
+            return hidden + self.feedforward_dropout(self.feedforward(self.feedforward_norm(hidden)), keys)
+        hidden = self.attention_norm(hidden + self.attention_dropout(self.attention(hidden, stream), keys))
+        normed: Tensor = self.feedforward_norm(hidden + self.feedforward_dropout(self.feedforward(hidden), keys))
+        return normed

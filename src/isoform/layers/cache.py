@@ -1,0 +1,78 @@
+"""Keys and values of the tokens so far, for decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from isoform.contracts import Sequences
+
+
+class KVCache:
+    """For each layer keys and values `(b, capacity, g, k)`, of which row r holds the first `lengths[r]` tokens.
+
+    A forward pass calls `extend` once in each layer and `advance` at its end. Capacity doubles when it is full.
+    """
+
+    def __init__(self, num_sequences: int, num_layers: int) -> None:
+        self.lengths = [0] * num_sequences
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+
+    def extend(self, layer: int, key: Tensor, value: Tensor, new: Sequences) -> tuple[Tensor, Tensor, Sequences]:
+        """Stores key and value `(n, g, k)` of the new tokens; all of them, old and new, as `(m, g, k)`."""
+        every = self._every(new)
+        device = key.device
+        if "cache" not in every.derived:
+            need = max(every.lengths)
+            capacity = self._capacity(layer, need)
+            write, read = [], []
+            for row, (old, length) in enumerate(zip(self.lengths, every.lengths, strict=True)):
+                write.append(torch.arange(row * capacity + old, row * capacity + length))
+                read.append(torch.arange(row * capacity, row * capacity + length))
+            every.derived["cache"] = capacity, torch.cat(write).to(device), torch.cat(read).to(device)
+        capacity, write_index, read_index = every.derived["cache"]
+        stored = []
+        for store, states in ((self.keys, key), (self.values, value)):
+            kept = self._grown(store[layer], states, capacity)
+            kept.view(-1, *states.shape[1:]).index_copy_(0, write_index, states.detach())
+            store[layer] = kept
+            stored.append(kept.view(-1, *states.shape[1:]).index_select(0, read_index))
+        return stored[0], stored[1], every
+
+    def advance(self, new: Sequences) -> None:
+        """The tokens of this pass count as stored."""
+        self.lengths = [old + more for old, more in zip(self.lengths, new.lengths, strict=True)]
+
+    def select(self, rows: Sequence[int]) -> KVCache:
+        """The cache of some of the sequences, in the order given; a row may be taken more than once."""
+        chosen = KVCache(0, len(self.keys))
+        chosen.lengths = [self.lengths[row] for row in rows]
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            if key is not None and value is not None:
+                index = torch.tensor(list(rows), dtype=torch.int64, device=key.device)
+                chosen.keys[layer], chosen.values[layer] = key.index_select(0, index), value.index_select(0, index)
+        return chosen
+
+    def _every(self, new: Sequences) -> Sequences:
+        """The sequences with their new tokens, one object for all layers of a pass."""
+        key = ("every", tuple(self.lengths))
+        if key not in new.derived:
+            new.derived[key] = Sequences([old + more for old, more in zip(self.lengths, new.lengths, strict=True)])
+        every: Sequences = new.derived[key]
+        return every
+
+    def _capacity(self, layer: int, need: int) -> int:
+        stored = self.keys[layer]
+        capacity = 0 if stored is None else stored.shape[1]
+        return capacity if capacity >= need else max(need, 2 * capacity, 16)
+
+    def _grown(self, stored: Tensor | None, states: Tensor, capacity: int) -> Tensor:
+        if stored is not None and stored.shape[1] == capacity:
+            return stored
+        grown = states.new_zeros(len(self.lengths), capacity, *states.shape[1:])
+        if stored is not None:
+            grown[:, : stored.shape[1]] = stored
+        return grown

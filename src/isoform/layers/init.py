@@ -1,0 +1,50 @@
+"""Where every parameter's first value comes from."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from isoform.chance import key64
+
+
+def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
+    """A linear layer whose values are not drawn yet: `initialize` draws them."""
+    return skip_init(nn.Linear, inputs, outputs, bias=bias)
+
+
+def embedding(rows: int, width: int) -> nn.Embedding:
+    """A table whose values are not drawn yet: `initialize` draws them."""
+    return skip_init(nn.Embedding, rows, width)
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, *, num_layers: int, std: float = 0.02) -> None:
+    """Draws every parameter of the model, each from its own stream keyed by (seed, "init", its name).
+
+    | parameter                                              | distribution                        |
+    |--------------------------------------------------------|-------------------------------------|
+    | vectors named `weight` (scales of norms)               | 1                                   |
+    | vectors named `bias`                                   | 0                                   |
+    | `output.weight`, `down.weight` (end of a residual arm) | N(0, (std / sqrt(2 num_layers))^2)  |
+    | every other matrix (projections, tables, head)         | N(0, std^2)                         |
+
+    So a parameter of equal name and shape has equal values in every variant of a model, whatever else it contains.
+    Source: Radford et al. 2019, section 2.3, and HF `GPT2PreTrainedModel._init_weights`. Differs: nothing.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+        else:
+            residual = name.endswith(("output.weight", "down.weight"))
+            scale = std / math.sqrt(2 * num_layers) if residual else std
+            parameter.copy_(normal(parameter.shape, seed, name) * scale)
+
+
+def normal(shape: torch.Size, seed: int, name: str) -> Tensor:
+    """Standard normal values, float32, that depend on the seed, the name and the shape alone."""
+    generator = torch.Generator().manual_seed(key64(seed, "init", name) & 0x7FFF_FFFF_FFFF_FFFF)
+    return torch.randn(shape, generator=generator)
