@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isoform.contracts import Sequences
-from isoform.layers import blocks as blocked
+from isoform.layers import blockwise
 from isoform.layers.dropout import DropoutSite
 
 
@@ -42,9 +42,9 @@ def attend(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    rule = blocked.Rule(causal, window, slopes, query.shape[-1] ** -0.5 if scale is None else scale)
-    plan = blocked.plan(queries, keys, rule, query, key.shape[1])
-    return blocked.attend(query, key, value, plan, rule, dropout)
+    rule = blockwise.Rule(causal, window, slopes, query.shape[-1] ** -0.5 if scale is None else scale)
+    plan = blockwise.plan(queries, keys, rule, query, key.shape[1])
+    return blockwise.attend(query, key, value, plan, rule, dropout)
 
 
 def attend_dense(

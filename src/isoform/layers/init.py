@@ -13,12 +13,14 @@ from isoform.chance import key64
 
 def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     """A linear layer whose values are not drawn yet: `initialize` draws them."""
-    return skip_init(nn.Linear, inputs, outputs, bias=bias)
+    layer: nn.Linear = skip_init(nn.Linear, inputs, outputs, bias=bias)  # type: ignore[no-untyped-call]
+    return layer
 
 
 def embedding(rows: int, width: int) -> nn.Embedding:
     """A table whose values are not drawn yet: `initialize` draws them."""
-    return skip_init(nn.Embedding, rows, width)
+    table: nn.Embedding = skip_init(nn.Embedding, rows, width)  # type: ignore[no-untyped-call]
+    return table
 
 
 @torch.no_grad()

@@ -98,13 +98,8 @@ class Sinusoidal(Position):
             raise ConfigError(f"model.width: {width} given, sinusoidal positions need an even width")
         self.width, self.base, self.amplitude = width, config.base, config.amplitude
 
-    def table(self, positions: Tensor) -> Tensor:
-        """positions `(n,)` -> `(n, d)` in float32."""
-        angle = positions[:, None].float() * inverse_frequencies(self.width, self.base, positions.device)
-        return self.amplitude * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
-
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        return hidden + self.table(positions).to(hidden.dtype)
+        return hidden + sinusoids(positions, self.width, self.base, self.amplitude).to(hidden.dtype)
 
 
 @register("position", "rope")
@@ -172,6 +167,12 @@ class Alibi(Position):
 
     def slopes(self) -> tuple[float, ...] | None:
         return self.slope
+
+
+def sinusoids(positions: Tensor, width: int, base: float, amplitude: float) -> Tensor:
+    """The waves of `Sinusoidal` at positions `(n,)`: float32 `(n, d)`."""
+    angle = positions[:, None].float() * inverse_frequencies(width, base, positions.device)
+    return amplitude * torch.stack((angle.sin(), angle.cos()), dim=-1).flatten(1)
 
 
 def inverse_frequencies(channels: int, base: float, device: torch.device) -> Tensor:

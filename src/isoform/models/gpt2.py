@@ -6,10 +6,11 @@ Source: Radford et al. 2019; HF `GPT2LMHeadModel`, with which logits and gradien
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from isoform.config import Component, Positive
@@ -19,7 +20,9 @@ from isoform.layers.block import Block, SelfAttention, Stream
 from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout, name_sites, token_keys
 from isoform.layers.init import embedding, initialize, linear
-from isoform.registry import Options, component, register
+from isoform.models import gpt2_forms as forms
+from isoform.models import names
+from isoform.registry import Options, build_options, component, register
 
 Rate = Field(None, ge=0, lt=1)
 
@@ -35,6 +38,7 @@ class GPT2(nn.Module):
     """
 
     capabilities: ClassVar[frozenset[str]] = frozenset({"causal", "cache"})
+    hf_model_types: ClassVar[tuple[str, ...]] = ("gpt2", "gpt_neox")
 
     class Config(Options):
         num_layers: Positive = 12
@@ -48,11 +52,11 @@ class GPT2(nn.Module):
         # null: the tokenizer's
         max_positions: Positive | None = None
         # tokens; null: text.max_tokens
-        position: Component = {"kind": "learned"}
+        position: Component = Field({"kind": "learned"})
         # none | learned | sinusoidal | rope | alibi
-        norm: Component = {"kind": "layernorm"}
+        norm: Component = Field({"kind": "layernorm"})
         # layernorm | rmsnorm
-        feedforward: Component = {"kind": "gelu-tanh"}
+        feedforward: Component = Field({"kind": "gelu-tanh"})
         # gelu | gelu-tanh | relu | relu-squared | geglu | swiglu
         window: Positive | None = None
         # tokens that each token sees, itself among them; null: all before it
@@ -69,6 +73,23 @@ class GPT2(nn.Module):
         bias: bool = True
         # of the linear layers in blocks
 
+        @field_validator("position", "norm", "feedforward")
+        @classmethod
+        def _spelt_out(cls, value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+            """The component's options with every default in them. Raises: ConfigError."""
+            _, options = component(str(info.field_name), value, f"model.{info.field_name}")
+            return {"kind": value["kind"], **options.model_dump(mode="json")}
+
+        @property
+        def rates(self) -> dict[str, float]:
+            """Dropout rates: embedding, residual, attention."""
+            given = {
+                "embedding": self.embedding_dropout,
+                "residual": self.residual_dropout,
+                "attention": self.attention_dropout,
+            }
+            return {site: self.dropout if rate is None else rate for site, rate in given.items()}
+
     def __init__(self, config: Config, seed: int | None = 0) -> None:
         """Draws the parameters from `seed`; None leaves them undrawn, for weights that are loaded at once."""
         super().__init__()
@@ -83,7 +104,7 @@ class GPT2(nn.Module):
         self.position = position_class(
             position, width=width, num_heads=heads, head_width=width // heads, max_positions=config.max_positions
         )
-        self.embedding_dropout = Dropout(_rate(config.embedding_dropout, config))
+        self.embedding_dropout = Dropout(config.rates["embedding"])
         self.blocks = nn.ModuleList(
             Block(
                 SelfAttention(
@@ -94,13 +115,13 @@ class GPT2(nn.Module):
                     causal=True,
                     window=config.window,
                     bias=config.bias,
-                    dropout=_rate(config.attention_dropout, config),
+                    dropout=config.rates["attention"],
                 ),
                 feedforward_class(feedforward, width, config.feedforward_width or 4 * width, bias=config.bias),
                 norm_class(norm, width),
                 norm_class(norm, width),
                 norm_first=config.norm_first,
-                dropout=_rate(config.residual_dropout, config),
+                dropout=config.rates["residual"],
             )
             for layer in range(config.num_layers)
         )
@@ -142,14 +163,63 @@ class GPT2(nn.Module):
         return logits.new_zeros(*input_ids.shape, logits.shape[-1]).masked_scatter(real[..., None], logits)
 
     @classmethod
+    def hf_form(cls, config: Config) -> tuple[dict[str, Any] | None, str | None]:
+        """(config.json of transformers, None), or (None, the reason why it has no form for such a model)."""
+        model_type, reason = forms.choose(config)
+        if model_type is None:
+            return None, reason
+        form = forms.write_config(config, model_type, config.rates)
+        if _resolved(cls.from_hf(form)) != _resolved(config):
+            # What the form cannot say (a fixed position table, left-out biases) is read again from here.
+            form["isoform"] = config.model_dump(mode="json")
+        return form, None
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> Config:
+        """Our config from a config.json of `hf_model_types`. Raises: ConfigError."""
+        kept = config.get("isoform")
+        options: GPT2.Config = build_options(cls, dict(kept or forms.read_config(config)), "config.json")
+        return options
+
+    @classmethod
+    def to_hf(cls, config: Config) -> dict[str, Any]:
+        """config.json of transformers. Raises: ConfigError with the reason where there is none."""
+        form, reason = cls.hf_form(config)
+        if form is None:
+            raise ConfigError(f"model: no Hugging Face form: {reason}")
+        return form
+
+    @classmethod
+    def state_from_hf(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their tensors under our names. Raises: CheckpointError naming what is unknown, missing or not ours."""
+        ours = cls.from_hf(config)
+        with torch.device("meta"):
+            expected = cls(ours, seed=None).state_dict()
+        model_type = config["model_type"]
+        table = forms.table(ours, model_type)
+        return names.to_ours(forms.with_prefix(tensors, model_type), table, ours.num_layers, expected)
+
+    def state_to_hf(self) -> dict[str, Tensor]:
+        """Our tensors under their names. Raises: ConfigError where there is no form."""
+        model_type = self.to_hf(self.config)["model_type"]
+        return names.to_theirs(self.state_dict(), forms.table(self.config, model_type), self.config.num_layers)
+
+    @classmethod
     def tiny(cls, **changes: object) -> GPT2:
         """A small random model for tests; `changes` go into its config."""
         sizes = {"num_layers": 2, "num_heads": 4, "width": 32, "vocab_size": 61, "max_positions": 48, "dropout": 0.0}
         return cls(cls.Config(**{**sizes, **changes}))
 
 
-def _rate(rate: float | None, config: GPT2.Config) -> float:
-    return config.dropout if rate is None else rate
+def _resolved(config: GPT2.Config) -> dict[str, Any]:
+    """The config with what None stands for, so that equal models are equal."""
+    shape = {
+        "num_kv_heads": config.num_kv_heads or config.num_heads,
+        "feedforward_width": config.feedforward_width or 4 * config.width,
+        "dropout": None,
+        **{f"{site}_dropout": rate for site, rate in config.rates.items()},
+    }
+    return {**config.model_dump(), **shape}
 
 
 def _checked(config: GPT2.Config) -> int:

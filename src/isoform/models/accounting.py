@@ -1,0 +1,58 @@
+"""What a model costs: parameters, and floating-point operations per token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def accounts(model: nn.Module, context_tokens: int) -> dict[str, int]:
+    """Counts of one model, for its manifest; operations per token at sequences of `context_tokens`.
+
+    Parameters: `total`; `trainable`; `non_embedding`: without token and position tables and an untied head;
+    `active`: those that one token passes through (the same as `total` but in mixtures of experts).
+    Operations: `flops_forward_per_token` and `flops_backward_per_token`, see `flops_per_token`.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    forward, backward = flops_per_token(model, context_tokens)
+    return {
+        "total": sum(sizes.values()),
+        "trainable": trainable,
+        "non_embedding": sum(size for name, size in sizes.items() if not _is_table(name)),
+        "active": sum(sizes.values()),
+        "flops_forward_per_token": forward,
+        "flops_backward_per_token": backward,
+    }
+
+
+def flops_per_token(model: nn.Module, context_tokens: int) -> tuple[int, int]:
+    """Operations of a forward and a backward pass for one token of a sequence of `context_tokens`, on average.
+
+    forward = 2 x (elements of every matrix that a token is multiplied with, the head among them)
+            + 4 x width x (tokens that a query sees, on average) in each layer, for scores and weighted values
+
+    backward = 2 x forward: one product for the gradient of the input, one for that of the matrix.
+    Counted: matrix products, a multiplication and an addition as two. Not counted: norms, activations, softmax, biases,
+    look-ups, the loss, the optimiser, anything recomputed; nor padding inside blocks of attention.
+    Source: Kaplan et al. 2020, section 2.1, with the attention term and the head kept. Differs: causal attention counts
+    what is seen, not the whole square.
+    """
+    config: Any = model.config
+    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    if config.tied:
+        matrices += model.get_parameter("embedding.weight").numel()
+    seen = mean_visible(context_tokens, config.window)
+    forward = 2 * matrices + round(4 * config.width * config.num_layers * seen)
+    return forward, 2 * forward
+
+
+def mean_visible(context_tokens: int, window: int | None) -> float:
+    """How many tokens a causal query sees on average, itself among them."""
+    width = min(window or context_tokens, context_tokens)
+    return (width * (width + 1) / 2 + (context_tokens - width) * width) / context_tokens
+
+
+def _is_table(name: str) -> bool:
+    return "embedding" in name or name.startswith("head.")

@@ -1,0 +1,106 @@
+"""From another library's tensor names to ours and back, by one table a family.
+
+A table maps a template of theirs to a `Place` of ours; `{}` stands for the number of the layer, None for a buffer
+that nobody needs. The same table is read both ways, so that what can be read can be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from isoform.errors import CheckpointError
+
+
+def same(tensor: Tensor) -> Tensor:
+    """The tensor as it is."""
+    return tensor
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """Rows and columns exchanged: GPT-2's Conv1D keeps `(inputs, outputs)`."""
+    return tensor.t().contiguous()
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Our name for one of their tensors, and how values are carried there and back.
+
+    fill: what stands in their tensor where our model has no such parameter (a bias of zeros, a fixed position table, a
+    tied head), as a function of our parameters; None: no such tensor. write_fill: whether it is written too.
+    """
+
+    name: str
+    read: Callable[[Tensor], Tensor] = same
+    write: Callable[[Tensor], Tensor] = same
+    fill: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    write_fill: bool = True
+
+
+Table = Mapping[str, Place | None]
+
+
+def expand(table: Table, num_layers: int) -> dict[str, Place | None]:
+    """The table with every `{}` replaced by each layer's number."""
+    expanded: dict[str, Place | None] = {}
+    for theirs, place in table.items():
+        for layer in range(num_layers) if "{}" in theirs else [0]:
+            named = place and replace(place, name=place.name.replace("{}", str(layer)))
+            expanded[theirs.replace("{}", str(layer))] = named
+    return expanded
+
+
+def to_ours(tensors: Mapping[str, Tensor], table: Table, num_layers: int, ours: Iterable[str]) -> dict[str, Tensor]:
+    """Their tensors under our names, dtypes kept.
+
+    ours: the names of our parameters. Raises: CheckpointError naming tensors that are unknown, that are missing, or
+    that hold values which our model has no parameter for.
+    """
+    places, wanted = expand(table, num_layers), set(ours)
+    unknown = sorted(set(tensors) - set(places))
+    needed = {place.name: theirs for theirs, place in places.items() if place and place.name in wanted}
+    missing = sorted(theirs for theirs in needed.values() if theirs not in tensors)
+    if unknown or missing or wanted - set(needed):
+        lists = {"unknown": unknown, "missing": missing, "without a name in this format": sorted(wanted - set(needed))}
+        raise CheckpointError("; ".join(f"tensors {word}: {listed(names)}" for word, names in lists.items() if names))
+    result = {}
+    for theirs, tensor in tensors.items():
+        place = places[theirs]
+        if place is not None and place.name in wanted:
+            result[place.name] = place.read(tensor)
+    for theirs, tensor in tensors.items():
+        place = places[theirs]
+        if place is not None and place.name not in wanted:
+            _check_fill(theirs, tensor, place, result)
+    return result
+
+
+def _check_fill(theirs: str, tensor: Tensor, place: Place, ours: Mapping[str, Tensor]) -> None:
+    expected = None if place.fill is None else place.fill(ours)
+    if expected is None or not torch.equal(place.read(tensor), expected.to(tensor.dtype)):
+        raise CheckpointError(
+            f"{theirs}: holds values that this model has no parameter for; a config with `{place.name}` is expected"
+        )
+
+
+def to_theirs(parameters: Mapping[str, Tensor], table: Table, num_layers: int) -> dict[str, Tensor]:
+    """Our parameters under their names, dtypes kept, with what they expect and we do not have filled in."""
+    dtype = next(iter(parameters.values())).dtype
+    result = {}
+    for theirs, place in expand(table, num_layers).items():
+        if place is None:
+            continue
+        if place.name in parameters:
+            result[theirs] = place.write(parameters[place.name])
+        elif place.fill is not None and place.write_fill:
+            result[theirs] = place.write(place.fill(parameters).to(dtype)).contiguous()
+    return result
+
+
+def listed(names: list[str], most: int = 5) -> str:
+    """The first few names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
