@@ -66,7 +66,7 @@ class BatchPlan:
         before = np.concatenate([[0], np.cumsum(self.lengths[order])])
         starts = np.searchsorted(before, steps * (before[-1] / self.steps_per_epoch), side="left")
         # A sequence longer than a batch would leave its neighbour empty: every batch keeps one sample at least.
-        starts = np.maximum.accumulate(np.maximum(starts, steps))
+        starts = steps + np.maximum.accumulate(starts - steps)
         starts = np.minimum(starts, len(order) - (self.steps_per_epoch - steps))
         starts[-1] = len(order)
         return order, starts
@@ -81,7 +81,8 @@ def split_for_ranks(indices: Ints, lengths: Ints, rank: int, world: int) -> Ints
     seat = np.arange(len(by_length)) % world
     # Every second round runs backwards, so that the first rank does not always get the longer one.
     seat = np.where(rounds % 2 == 1, world - 1 - seat, seat)
-    return by_length[seat == rank]
+    share: Ints = by_length[seat == rank]
+    return share
 
 
 def micro_batches(indices: Ints, lengths: Ints, max_tokens: int) -> list[Ints]:
