@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from isoform.contracts import Prompt
+from isoform.contracts import Output, Prompt
 from isoform.evaluation.generate import Sampling, choose_token, generate, generate_stream, text_stream
 
 VOCAB = 13
@@ -145,3 +145,73 @@ def test_text_stream_holds_incomplete_characters_back() -> None:
     assert pieces == ["a", "é", "🙂", "b"]
     torn = list(text_stream(lambda ids: bytes(ids).decode("utf-8", "replace"), iter(text.encode()[:2])))
     assert torn == ["a", "\ufffd"]
+
+
+# --------------------------------------------------------------------------------------------------------- a real model
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    from isoform.models.gpt2 import GPT2
+
+    return GPT2.tiny(max_positions=24).double()
+
+
+@pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
+def test_decoding_with_the_cache_equals_decoding_without(position) -> None:
+    from isoform.models.gpt2 import GPT2
+
+    model = GPT2.tiny(max_positions=24, position={"kind": position}).double()
+    asked = prompts([3, 20, 1, 24, 30], stop=(5,), max_new_tokens=10)
+    with_cache = generate(model, asked)
+
+    class Forgetful(GPT2):
+        capabilities = GPT2.capabilities - {"cache"}
+
+    model.__class__ = Forgetful
+    assert generate(model, asked) == with_cache
+    assert [generate(model, [prompt])[0] for prompt in asked] == with_cache
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_real_model_in_a_batch_and_alone(gpt2, temperature) -> None:
+    asked = prompts([3, 20, 1, 24, 30], stop=(5,), max_new_tokens=10)
+    sampling = Sampling(temperature=temperature, top_k=20, top_p=0.9)
+    together = generate(gpt2, asked, sampling=sampling, seed=3)
+    assert together == [generate(gpt2, [prompt], sampling=sampling, seed=3)[0] for prompt in asked]
+
+
+class Borrowed(torch.nn.Module):
+    """A transformers model behind our protocol, one sequence at a time."""
+
+    capabilities = frozenset({"causal"})
+
+    def __init__(self, theirs) -> None:
+        super().__init__()
+        self.theirs = theirs
+        self.max_positions = theirs.config.n_positions
+
+    def forward(self, batch, *, cache=None, all_layers=False) -> Output:
+        sequences = batch.tokens.split(batch.sequences.lengths)
+        return Output(torch.cat([self.theirs.transformer(ids[None]).last_hidden_state[0] for ids in sequences]))
+
+    def logits(self, hidden):
+        return self.theirs.lm_head(hidden)
+
+
+def test_greedy_equals_transformers() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "n_positions": 24, "n_embd": 32, "n_layer": 2, "n_head": 4, "initializer_range": 0.5}
+    theirs = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=None, eos_token_id=7)).double().eval()
+    asked = prompts([1, 4, 9], stop=(7,), max_new_tokens=12)
+    ours = generate(Borrowed(theirs), asked)
+    for prompt, generation in zip(asked, ours, strict=True):
+        ids = torch.from_numpy(prompt.tokens.astype(np.int64))[None]
+        said = theirs.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=0
+        )
+        expected = said[0, len(prompt.tokens) :].tolist()
+        assert [*generation.tokens, 7][: len(expected)] == expected
+    assert len({token for generation in ours for token in generation.tokens}) > 5

@@ -69,7 +69,7 @@ def tokens_at(tokenizer: Tokenizer, text: str, places: Sequence[int]) -> tuple[I
     end at the places, a space going with the word after it, so that no token crosses a place.
     """
     ids = tokenizer.encode(text)
-    if len(ids) == len(text):
+    if tokenizer.kind == "char" and len(ids) == len(text):
         return ids, np.array(places, dtype=np.int32)
     moved = [place - 1 if place > 0 and text[place - 1] == " " else place for place in places]
     cuts = sorted({0, len(text), *moved})

@@ -173,7 +173,7 @@ class SpanCorruption(TokenObjective):
             return None
         start, stop = spans[_between(rng, 0, len(spans) - 1)]
         if self.config.view == "prefix":
-            return Draw(0, 0, start, stop, _between(rng, max(MIN_VIEW_TOKENS, stop), longest))
+            return Draw(0, 0, start, stop, _between(rng, max(min(MIN_VIEW_TOKENS, longest), stop), longest))
         if self.config.view == "whole":
             first = _between(rng, max(0, stop - longest), min(start, num_tokens - longest))
             return Draw(0, first, start, stop, first + longest)
