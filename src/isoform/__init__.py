@@ -1,0 +1,230 @@
+"""isoform trains transformers and tells you which one is better, and whether you can believe it.
+
+    import isoform
+    isoform.study("quickstart", out="runs/quickstart")          arms x seeds, audited and compared
+    isoform.train("shakespeare-char", set=["train.max_steps=200"], out="runs/try")
+    isoform.predict("runs/try", ["Where was Ada Lovelace born?"])
+    model = isoform.load("runs/try").model
+
+Every verb of the command line is a function of the same name that returns what `--json` prints. Nothing is imported
+until one is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isoform.checkpoints.folders import LoadedModel
+
+__version__ = "0.1.0"
+__all__ = [
+    "compare",
+    "data",
+    "doctor",
+    "evaluate",
+    "generate",
+    "load",
+    "plan",
+    "predict",
+    "recipes",
+    "report",
+    "run_folder",
+    "study",
+    "train",
+]
+
+Config = str | Path | dict[str, Any]
+
+
+def _values(config: Config, settings: Sequence[str], arms: bool | None) -> dict[str, Any]:
+    """Plain values of a recipe, file or mapping with `--set` applied; `arms`: whether a study is expected."""
+    from isoform.config import apply_settings, is_study, read_config
+    from isoform.errors import ConfigError
+
+    values = apply_settings(config if isinstance(config, dict) else read_config(config), list(settings))
+    if arms is not None and is_study(values) != arms:
+        given, verb = ("a study", "study") if is_study(values) else ("a single run", "train")
+        raise ConfigError(
+            f"{config if not isinstance(config, dict) else 'config'}: this is {given}; use `isoform {verb}`"
+        )
+    return values
+
+
+def _folder(out: str | Path | None, name: str) -> Path:
+    return Path(out) if out is not None else Path("runs") / name
+
+
+def study(
+    config: Config,
+    *,
+    set: Sequence[str] = (),
+    seeds: int | None = None,
+    out: str | Path | None = None,
+    quiet: bool = True,
+) -> dict[str, Any]:
+    """Trains every arm at every seed, audits, compares and reports; goes on where an interrupted study was.
+
+    Returns: {arms, questions: [{pair, metric, split, difference, low, high, p, p_adjusted, verdict}], audit, ...}.
+    Raises: ConfigError, DataError, AuditError, Stopped.
+    """
+    from isoform.studies.study import study as carry_out
+
+    values = _values(config, set, arms=True)
+    if seeds is not None:
+        values["seeds"] = seeds
+    folder = _folder(out, str(values.get("name", "study")))
+    return carry_out(values, folder, command=_command("study", config, set, seeds, folder), quiet=quiet)
+
+
+def _command(verb: str, config: Config, settings: Sequence[str], seeds: int | None, folder: Path) -> str:
+    """The command line that asks for the same."""
+    import shlex
+
+    words = ["isoform", verb, "CONFIG" if isinstance(config, dict) else str(config)]
+    for setting in settings:
+        words += ["--set", setting]
+    words += ["--seeds", str(seeds)] if seeds is not None else []
+    return shlex.join([*words, "--out", str(folder)])
+
+
+def train(
+    config: Config,
+    *,
+    set: Sequence[str] = (),
+    out: str | Path | None = None,
+    resume: bool = False,
+    quiet: bool = True,
+) -> list[dict[str, Any]]:
+    """One run: training and its evaluation in the folder `out`; returns the rows of eval.json.
+
+    Raises: ConfigError, DataError, CheckpointError, LockedError, NonFiniteError, Stopped.
+    """
+    from isoform.config import run_config
+    from isoform.studies.report import write_report
+    from isoform.training.run import train as carry_out
+
+    checked = run_config(_values(config, set, arms=False))
+    folder = _folder(out, checked.name)
+    rows = carry_out(checked, folder, resume=resume, quiet=quiet).rows
+    if (folder / "eval.json").is_file():
+        write_report(folder)
+    return rows
+
+
+def run_folder(config: Config, *, set: Sequence[str] = (), out: str | Path | None = None) -> Path:
+    """The folder that `train` writes to."""
+    return _folder(out, str(_values(config, set, arms=False).get("name", "run")))
+
+
+def evaluate(
+    model: str | Path, *, data: str | None = None, split: str | None = None, metrics: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Metrics with intervals of a run or model: on a source, or on one of the run's own splits (default: test).
+
+    Returns: rows of {metric, split, value, n, low, high}.
+    """
+    from isoform.serving.use import open_model, score
+
+    return score(open_model(model), data, split=split, metrics=list(metrics) if metrics else None, cache=_cache()).rows
+
+
+def _cache() -> Path:
+    from isoform.training.prepare import cache_folder
+
+    return cache_folder()
+
+
+def predict(model: str | Path, inputs: Iterable[str]) -> list[dict[str, Any]]:
+    """One object an input, in order: {input, answer}."""
+    from isoform.serving.use import open_model
+    from isoform.serving.use import predict as answer
+
+    return [prediction.as_dict() for prediction in answer(open_model(model), inputs)]
+
+
+def generate(
+    model: str | Path,
+    prompt: str,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+    max_new_tokens: int = 200,
+) -> Iterator[str]:
+    """The prompt's continuation, piece by piece. temperature 0: greedy."""
+    from isoform.evaluation.generate import Sampling
+    from isoform.serving.use import continue_text, open_model
+
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    yield from continue_text(open_model(model), prompt, sampling=sampling, seed=seed, max_new_tokens=max_new_tokens)
+
+
+def load(path: str | Path) -> LoadedModel:
+    """A model with its tokenizer from a run, an isoform or Hugging Face folder, or `hf:owner/name[@revision]`.
+
+    Raises: CheckpointError that names what is missing, unknown or refused.
+    """
+    from isoform.checkpoints.folders import load_model
+
+    return load_model(path)
+
+
+def plan(config: Config, *, set: Sequence[str] = (), seeds: int | None = None, attempt: bool = False) -> dict[str, Any]:
+    """What a run or study will take: parameters, FLOPs, memory, disk, time, the rate's curve, warnings.
+
+    attempt: also make one real step, evaluation, save and reload (`--try`).
+    """
+    from isoform.studies.forecast import forecast
+
+    values = _values(config, set, arms=None)
+    if seeds is not None:
+        values["seeds"] = seeds
+    return forecast(values, attempt=attempt)
+
+
+def data(
+    source: str, *, columns: Sequence[str] | None = None, against: Sequence[str] = (), max_tokens: int = 256
+) -> dict[str, Any]:
+    """The passport of a source: sizes, lengths, truncation, duplicates, and leaks into the sources of `against`."""
+    from isoform.studies.inspect import inspect
+
+    return inspect(source, columns=list(columns) if columns else None, against=list(against), max_tokens=max_tokens)
+
+
+def compare(
+    *results: str | Path, metric: str | None = None, split: str | None = None, margin: float | None = None
+) -> dict[str, Any]:
+    """Statistics over results that exist, from any tool: run folders or predictions.csv files, first against each."""
+    from isoform.studies.outside import compare_results
+
+    return compare_results([Path(result) for result in results], metric=metric, split=split, margin=margin)
+
+
+def report(folder: str | Path, *, to: str = "html") -> Path:
+    """Writes the page of a run or study again; returns its path."""
+    from isoform.studies.report import write_report
+
+    return write_report(Path(folder), to)
+
+
+def recipes() -> list[dict[str, str]]:
+    """The recipes that come with isoform: {name, kind, about}."""
+    from isoform.config import is_study, read_config, recipe_names
+
+    rows = []
+    for name in recipe_names():
+        values = read_config(name)
+        kind = "study" if is_study(values) else "run"
+        rows.append({"name": name, "kind": kind, "about": str(values.get("question") or values.get("about") or "")})
+    return rows
+
+
+def doctor(path: str | Path | None = None) -> list[dict[str, str]]:
+    """What is wrong with this machine, a model folder or a run folder: {level, what, advice}."""
+    from isoform.checkpoints.doctor import examine
+
+    return [{"level": item.level, "what": item.what, "advice": item.advice} for item in examine(path)]

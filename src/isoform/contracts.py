@@ -13,16 +13,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
+import numpy as np
+import numpy.typing as npt
+
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import numpy as np
-    import numpy.typing as npt
     from torch import Tensor
 
-    IntArray = npt.NDArray[np.int32]
-    Ints = npt.NDArray[np.int64]
-    Floats = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int32]
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
 
 # A target that asks for nothing. Only positions whose target is not IGNORE ever see a logit.
 IGNORE = -100
@@ -127,7 +128,8 @@ class Batch:
     """All tokens of all sequences end to end; nothing is padded.
 
     tokens, positions, targets, segments: int64 `(n,)`; positions count from 0 in each sequence. sample_keys: int64
-    `(b,)`, a 64-bit hash of each sample's id, the key of its dropout masks. labels: `(b,)` or `(b, c)`. weights: `(b,)`.
+    `(b,)`, a 64-bit hash of each sample's id, the key of its dropout masks. labels: `(b,)` or `(b, c)`.
+    weights: `(b,)`.
     num_filler: how many of the last sequences only round n up; they are in no count, target or statistic.
     dropout_key: hash of (seed, step), or None: no dropout. source: the encoder's stream.
     """
@@ -231,7 +233,8 @@ class Source(Protocol):
 class Tokenizer(Protocol):
     """Text to ids and back. Special tokens have names: unk, bos, eos, pad, mask, sep, cls; absent ones are None."""
 
-    kind: str
+    @property
+    def kind(self) -> str: ...
 
     @property
     def vocab_size(self) -> int: ...
@@ -282,12 +285,14 @@ class Model(Protocol):
 class Objective(Protocol):
     """What the model is asked to do: how a document becomes a sample, and what is lost where it answers wrongly.
 
-    Built as `cls(config, tokenizer, max_tokens)`. `fields` are the document fields that it reads; `needs` the model
-    capabilities. `stochastic`: whether `prepare` draws (then evaluation uses fixed draws). `windowed`: whether a long
-    document may be cut into windows of `window_tokens` tokens of its `text` field before `prepare` sees it.
+    Built as `cls(config, tokenizer, max_tokens)`. `alternatives` are sets of document fields, any one of which is
+    enough to train; `optional_fields` may be missing where nothing is scored; `needs` are the model capabilities.
+    `stochastic`: whether `prepare` draws (then evaluation uses fixed draws). `windowed`: whether a long document may be
+    cut into windows of `window_tokens` tokens of its `text` field before `prepare` sees it.
     """
 
-    fields: tuple[str, ...]
+    alternatives: tuple[tuple[str, ...], ...]
+    optional_fields: tuple[str, ...]
     needs: frozenset[str]
     stochastic: bool
     windowed: bool

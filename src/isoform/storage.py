@@ -182,6 +182,21 @@ def staged_folder(final: Path) -> Iterator[Path]:
         remove(retired)
 
 
+@contextmanager
+def staged_file(final: Path) -> Iterator[IO[str]]:
+    """A text file written piece by piece that stands at `final` when the block ends without an error, or not at all."""
+    with disk_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        staged = _beside(final, "tmp")
+        try:
+            with staged.open("w", encoding="utf-8", newline="") as file:
+                yield file
+            sync_file(staged)
+            rename(staged, final)
+        finally:
+            remove(staged)
+
+
 def remove_folder(path: Path) -> None:
     """Removes a folder so that a crash on the way leaves no half of it under its name."""
     with disk_errors(path):

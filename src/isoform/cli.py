@@ -1,0 +1,278 @@
+"""One verb per command: parse, call, print. No logic."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    name="isoform",
+    help="Trains transformers, and tells you which one is better and whether you can believe it.",
+    no_args_is_help=True,
+    add_completion=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `isoform recipes`) or a YAML file.")]
+Model = Annotated[str, typer.Argument(help="A run folder, a model folder, or hf:owner/name[@revision].")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a field; may be repeated.")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: runs/NAME.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Split = Annotated[str | None, typer.Option("--split", help="One of the run's own splits.")]
+
+
+def _print_json(value: Any) -> None:
+    from isoform.storage import finite
+
+    typer.echo(json.dumps(finite(value), ensure_ascii=False, allow_nan=False))
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        import isoform
+
+        typer.echo(f"isoform {isoform.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def study(
+    config: Recipe,
+    settings: Settings = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds of every arm.")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Train every arm, audit, compare, report. Run it again to go on where it was stopped."""
+    import isoform
+    from isoform.studies.terminal import print_study
+
+    values = isoform.study(config, set=settings or [], seeds=seeds, out=out, quiet=as_json)
+    if as_json:
+        _print_json(values)
+        return
+    print_study(values, _console())
+    typer.echo(str(Path(values["folder"]) / "report.html"))
+
+
+@app.command()
+def train(
+    config: Recipe,
+    settings: Settings = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train and evaluate one run."""
+    import isoform
+    from isoform.studies.terminal import print_run
+
+    rows = isoform.train(config, set=settings or [], out=out, resume=resume, quiet=as_json)
+    if as_json:
+        _print_json(rows)
+        return
+    folder = isoform.run_folder(config, set=settings or [], out=out)
+    print_run(folder, _console())
+    typer.echo(str(folder / "report.html"))
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    data: Annotated[str | None, typer.Option("--data", help="A source: file, folder, hf:..., builtin:...")] = None,
+    split: Split = None,
+    metric: Annotated[
+        list[str] | None, typer.Option("--metric", help="May be repeated; default: the run's.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Metrics with intervals on a source, or on one of the run's own splits."""
+    import isoform
+    from isoform.studies.listings import print_rows
+
+    rows = isoform.evaluate(model, data=data, split=split, metrics=metric)
+    _print_json(rows) if as_json else print_rows(rows, _console())
+
+
+@app.command()
+def predict(
+    model: Model,
+    texts: Annotated[list[str] | None, typer.Argument(help="Inputs; or use --in, or standard input.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--in", help="A file with one input a line, or csv, tsv, jsonl.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write .csv or .jsonl instead of a table.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answers or labels for new inputs, in order."""
+    from isoform.serving.use import open_model, read_inputs, write_answers
+    from isoform.serving.use import predict as answer
+    from isoform.studies.listings import print_answers
+
+    opened = open_model(model)
+    inputs: Iterator[str] = iter(texts) if texts else read_inputs(opened, source)
+    answers = answer(opened, inputs)
+    if out is not None:
+        count, unknown = write_answers(answers, out)
+        typer.echo(f"{count} answers written to {out}" + _unknown(unknown))
+    elif as_json:
+        _print_json([item.as_dict() for item in answers])
+    else:
+        _say_unknown(print_answers(answers, _console()))
+
+
+def _unknown(count: int) -> str:
+    return f"; {count} input tokens were unknown to the tokenizer and read as <unk>" if count else ""
+
+
+def _say_unknown(count: int) -> None:
+    if count:
+        typer.echo(_unknown(count).removeprefix("; "), err=True)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "",
+    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 1.0,
+    top_k: Annotated[int | None, typer.Option(min=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    as_json: Json = False,
+) -> None:
+    """Continue a text, streaming."""
+    import isoform
+
+    pieces = isoform.generate(
+        model, prompt, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens
+    )
+    if as_json:
+        _print_json({"prompt": prompt, "text": "".join(pieces)})
+        return
+    typer.echo(prompt, nl=False)
+    for piece in pieces:
+        typer.echo(piece, nl=False)
+        sys.stdout.flush()
+    typer.echo()
+
+
+@app.command()
+def plan(
+    config: Recipe,
+    settings: Settings = None,
+    seeds: Annotated[int | None, typer.Option(min=1)] = None,
+    attempt: Annotated[bool, typer.Option("--try", help="Also one real step, evaluation, save and reload.")] = False,
+    as_json: Json = False,
+) -> None:
+    """What it will take: parameters, FLOPs, memory, disk, time, learning rates, warnings. Nothing is kept."""
+    import isoform
+    from isoform.studies.listings import print_plan
+
+    values = isoform.plan(config, set=settings or [], seeds=seeds, attempt=attempt)
+    _print_json(values) if as_json else print_plan(values, _console())
+
+
+@app.command()
+def data(
+    source: Annotated[str, typer.Argument(help="A file, folder, hf:owner/name[@revision] or builtin:name.")],
+    against: Annotated[list[str] | None, typer.Option("--against", help="A source that must not overlap.")] = None,
+    columns: Annotated[str | None, typer.Option(help="Names of the columns of a file without a header: a,b")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Context length for the share that is cut off.")] = 256,
+    as_json: Json = False,
+) -> None:
+    """The passport of a source: sizes, lengths, truncation, duplicates, leaks."""
+    import isoform
+    from isoform.data.passport import render
+
+    names = columns.split(",") if columns else None
+    values = isoform.data(source, columns=names, against=against or [], max_tokens=max_tokens)
+    _print_json(values) if as_json else render(values, _console())
+
+
+@app.command()
+def compare(
+    results: Annotated[list[Path], typer.Argument(help="Run folders or predictions.csv files, two or more.")],
+    metric: Annotated[str | None, typer.Option(help="Default: the first that all have.")] = None,
+    split: Split = None,
+    margin: Annotated[float | None, typer.Option(help="A difference that would not matter.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Audit and statistics over results that exist, from any tool."""
+    import isoform
+    from isoform.studies.terminal import print_study
+
+    values = isoform.compare(*results, metric=metric, split=split, margin=margin)
+    _print_json(values) if as_json else print_study(values, _console())
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A run or study folder.")],
+    to: Annotated[str, typer.Option("--to", help="html or md")] = "html",
+    as_json: Json = False,
+) -> None:
+    """Write the page of a run or study again."""
+    import isoform
+
+    path = str(isoform.report(folder, to=to))
+    _print_json({"path": path}) if as_json else typer.echo(path)
+
+
+@app.command()
+def recipes(as_json: Json = False) -> None:
+    """What there is to run."""
+    import isoform
+    from isoform.studies.listings import print_recipes
+
+    rows = isoform.recipes()
+    _print_json(rows) if as_json else print_recipes(rows, _console())
+
+
+@app.command()
+def doctor(
+    path: Annotated[str | None, typer.Argument(help="A model or run folder; nothing: this machine.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What is wrong with this machine, a model or a run, and what to do."""
+    import isoform
+    from isoform.studies.listings import print_findings
+
+    rows = isoform.doctor(path)
+    _print_json(rows) if as_json else print_findings(rows, _console())
+    if any(row["level"] == "error" for row in rows):
+        raise typer.Exit(4)
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console()
+
+
+def main() -> None:
+    """The command `isoform`: a person's mistake is one line and an exit code; ours is a traceback."""
+    from isoform.errors import IsoformError
+
+    try:
+        app()
+    except IsoformError as error:
+        typer.echo(f"isoform: {error}", err=True)
+        raise SystemExit(error.exit_code) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(0) from None
+
+
+if __name__ == "__main__":
+    main()

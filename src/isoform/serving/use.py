@@ -1,0 +1,250 @@
+"""A finished run or a model folder, opened for use: score new data, answer questions, continue prompts."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from isoform import machine
+from isoform.checkpoints.folders import load_model
+from isoform.config import DataConfig, RunConfig, run_config
+from isoform.contracts import Document, Objective, Prompt
+from isoform.data.corpus import build_dataset
+from isoform.data.identity import content_hash
+from isoform.data.sources import open_source
+from isoform.data.splits import load_splits
+from isoform.errors import CheckpointError, ConfigError
+from isoform.evaluation.evaluate import Evaluation, evaluate
+from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, text_stream
+from isoform.registry import component
+from isoform.storage import json_line, locked, read_json, staged_file, write_json
+from isoform.text.tokenizers import TextTokenizer
+
+# Inputs that are answered together; more only cost memory.
+CHUNK = 512
+
+
+@dataclass
+class Opened:
+    """A model with its tokenizer and the objective that it was trained for."""
+
+    path: Path
+    model: Any
+    tokenizer: TextTokenizer
+    objective: Objective
+    config: RunConfig
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[Any]]
+
+
+def open_model(path: str | Path, *, precision: str | None = None, max_tokens: int | None = None) -> Opened:
+    """Opens a run folder or a model folder; a model that no run trained is taken as a causal language model.
+
+    Raises: CheckpointError, ConfigError.
+    """
+    device = machine.choose_device()
+    loaded = load_model(path, device=device)
+    if loaded.tokenizer is None:
+        raise CheckpointError(f"{path}: {loaded.info['tokenizer']}; put the model's tokenizer.json into the folder")
+    config = _run_of(Path(path))
+    if config is None:
+        limit = max_tokens or loaded.model.max_positions or RunConfig().text.max_tokens
+        config = run_config({"text": {"max_tokens": int(limit)}, "model": {"from": str(path)}})
+    cls, options = component("objective", config.objective, "objective")
+    objective: Objective = cls(options, loaded.tokenizer, config.text.max_tokens)
+    chosen = precision or machine.choose_precision(config.train.precision, device.type)
+
+    def autocast() -> AbstractContextManager[Any]:
+        return contextlib.nullcontext() if chosen == "fp32" else torch.autocast(device.type, torch.bfloat16)
+
+    return Opened(Path(path), loaded.model, loaded.tokenizer, objective, config, device, autocast)
+
+
+def _run_of(path: Path) -> RunConfig | None:
+    """The config of the run that a run folder, or a folder inside it, belongs to."""
+    for folder in (path, path.parent):
+        if (folder / "config.yaml").is_file() and (folder / "manifest.json").is_file():
+            return run_config(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")))
+    return None
+
+
+def score(
+    opened: Opened,
+    data: str | None = None,
+    *,
+    split: str | None = None,
+    metrics: list[str] | None = None,
+    cache: Path,
+) -> Evaluation:
+    """Metrics of a source (`data`, scored as a whole), or of one of the run's own splits.
+
+    Scoring a run's test split is entered in its manifest. Raises: ConfigError, DataError.
+    """
+    settings = opened.config.evaluate
+    if data is not None:
+        asked, name = outside_data(opened.config.data, data), "train"
+    else:
+        asked, name = opened.config.data, split or "test"
+    splits = load_splits(asked, opened.objective.alternatives)
+    if name not in splits.splits:
+        known = ", ".join(splits.splits) or "no split"
+        raise ConfigError(f"--split {name}: the run's data has {known}; or give --data SOURCE")
+    shown = split or ("data" if data is not None else name)
+    dataset = build_dataset(
+        splits.splits[name],
+        opened.tokenizer,
+        opened.objective,
+        asked,
+        opened.config.text.max_tokens,
+        cache,
+        keep_documents=True,
+    )
+    evaluation = evaluate(
+        opened.model,
+        opened.objective,
+        dataset,
+        split=shown,
+        metrics=metrics or settings.metrics,
+        batch_tokens=settings.batch_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        confidence=settings.confidence,
+        device=opened.device,
+        autocast=opened.autocast,
+    )
+    if data is None and name == "test":
+        _enter_test_score(opened.path)
+    return evaluation
+
+
+def outside_data(config: DataConfig, source: str) -> DataConfig:
+    """The run's columns over another source, read as one split."""
+    values = config.model_dump()
+    values |= dict.fromkeys(("train", "dev", "test", "holdout", "holdout_from", "stratify", "group", "max_documents"))
+    values |= {"path": source, "root": None, "splits": {"train": 1.0}, "overlap": "keep"}
+    return DataConfig(**values)
+
+
+def _enter_test_score(folder: Path) -> None:
+    path = folder / "manifest.json"
+    if not path.is_file():
+        return
+    with locked(folder):
+        manifest = read_json(path)
+        manifest["test_scored"] = int(manifest.get("test_scored", 0)) + 1
+        write_json(path, manifest)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prediction; `num_unknown` input tokens were not known to the tokenizer."""
+
+    input: str
+    answer: str
+    num_unknown: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"input": self.input, "answer": self.answer}
+
+
+def predict(opened: Opened, inputs: Iterable[str]) -> Iterator[Answer]:
+    """One answer an input, in order, streamed in chunks."""
+    chunk: list[str] = []
+    for text in inputs:
+        chunk.append(text)
+        if len(chunk) == CHUNK:
+            yield from _answers(opened, chunk)
+            chunk = []
+    if chunk:
+        yield from _answers(opened, chunk)
+
+
+def _answers(opened: Opened, texts: list[str]) -> Iterator[Answer]:
+    field = opened.objective.alternatives[0][0]
+    prompts = [_prompt(opened, {field: text}) for text in texts]
+    generations = generate(
+        opened.model,
+        prompts,
+        max_new_tokens=opened.config.evaluate.max_new_tokens,
+        device=opened.device,
+        autocast=opened.autocast,
+    )
+    unknown = opened.tokenizer.special_ids.get("unk")
+    for text, prompt, generation in zip(texts, prompts, generations, strict=True):
+        num_unknown = 0 if unknown is None else int(np.count_nonzero(prompt.tokens == unknown))
+        yield Answer(text, opened.tokenizer.decode(generation.tokens), num_unknown)
+
+
+def _prompt(opened: Opened, fields: Mapping[str, str]) -> Prompt:
+    encoded = opened.objective.encode(Document(str(content_hash(fields)), dict(fields), {"source": "input", "row": 1}))
+    prompt = opened.objective.prompt(encoded)
+    if prompt is None:
+        raise ConfigError(f"objective.kind: {opened.config.objective['kind']} does not answer; use `isoform eval`")
+    return prompt
+
+
+def continue_text(
+    opened: Opened, text: str, *, sampling: Sampling = GREEDY, seed: int = 0, max_new_tokens: int = 200
+) -> Iterator[str]:
+    """The prompt's continuation, piece by piece."""
+    tokens = opened.tokenizer.encode(text)
+    special = opened.tokenizer.special_ids
+    if not len(tokens):
+        start = special.get("bos", special.get("eos"))
+        if start is None:
+            raise ConfigError("--prompt: empty, and this tokenizer has no token to begin with; give some text")
+        tokens = np.array([start], dtype=np.int32)
+    stop = tuple(special[role] for role in ("eos",) if role in special)
+    prompt = Prompt("prompt", tokens, stop, max_new_tokens, text)
+    stream = generate_stream(
+        opened.model,
+        prompt,
+        sampling=sampling,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        device=opened.device,
+        autocast=opened.autocast,
+    )
+    return text_stream(lambda ids: opened.tokenizer.decode(ids), stream)
+
+
+def read_inputs(opened: Opened, path: Path | None) -> Iterator[str]:
+    """Inputs from a file, or one a line from standard input.
+
+    A .txt file, and a csv or tsv of a run that names its columns, has one input a line; other files have a header or
+    keys, and the run's first field is read. Raises: DataError with file and line.
+    """
+    if path is None:
+        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
+        return
+    field, *others = opened.objective.alternatives[0]
+    source = open_source(str(path.resolve()), opened.config.data, ((field,),), tuple(others))
+    for document in source:
+        yield document.fields[field]
+
+
+def write_answers(answers: Iterable[Answer], path: Path) -> tuple[int, int]:
+    """Writes .csv (columns input, answer) or .jsonl, streaming; returns (answers, unknown input tokens)."""
+    count = unknown = 0
+    with staged_file(path) as file:
+        table = csv.writer(file) if path.suffix == ".csv" else None
+        if table is not None:
+            table.writerow(["input", "answer"])
+        for answer in answers:
+            count, unknown = count + 1, unknown + answer.num_unknown
+            if table is not None:
+                table.writerow([answer.input, answer.answer])
+            elif path.suffix == ".txt":
+                file.write(answer.answer + "\n")
+            else:
+                file.write(json_line(answer.as_dict()))
+    return count, unknown

@@ -1,0 +1,161 @@
+"""A study laid out before anything runs: which arm needs which stage at which seed, in which folder, shared or not.
+
+A stage's result is kept under a hash of its config, its data, the sources that affect numbers, the precision and the
+stage that it starts from. Two arms that ask for the same stage share it, once per seed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from isoform.config import ArmConfig, RunConfig, StudyConfig, merge, run_config
+from isoform.data.splits import load_splits
+from isoform.errors import ConfigError
+from isoform.registry import component
+from isoform.storage import fingerprint
+
+# Fields of a run that change neither its weights nor its scores, so that they do not belong to its identity.
+UNIDENTIFYING = ("name", "track")
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage of one arm at one seed."""
+
+    arm: str
+    stage: str
+    seed: int
+    config: RunConfig
+    key: str
+    folder: Path
+    # relative to the study's folder
+    parent: StageRun | None = None
+
+    @property
+    def first(self) -> bool:
+        return self.parent is None
+
+
+@dataclass
+class Layout:
+    """Every run of a study."""
+
+    study: StudyConfig
+    seeds: list[int]
+    precision: str
+    sources: str
+    # fingerprint of the code
+    chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # arm -> tuned fields and their values
+    _data: dict[str, str] = field(default_factory=dict)
+
+    def arms(self) -> Iterator[tuple[str, ArmConfig]]:
+        yield from self.study.arms.items()
+
+    def chain(self, arm: str, seed: int, settings: dict[str, Any] | None = None) -> list[StageRun]:
+        """The stages of an arm at a seed, each starting from the one before; `settings` are tuned fields to try."""
+        runs: list[StageRun] = []
+        for stage in self.study.arms[arm].stages:
+            config = self.config(arm, stage, seed, settings if settings is not None else self.chosen.get(arm, {}))
+            parent = runs[-1] if runs else None
+            key = self._key(config, parent)
+            folder = Path("stages") / f"{stage}-seed{seed}-{key[:10]}"
+            runs.append(StageRun(arm, stage, seed, config, key, folder, parent))
+        return runs
+
+    def all(self) -> Iterator[StageRun]:
+        """Every distinct stage run, in the order in which it is carried out: seed by seed, arm by arm."""
+        seen: set[str] = set()
+        for seed, (arm, _) in itertools.product(self.seeds, self.arms()):
+            for run in self.chain(arm, seed):
+                if run.key not in seen:
+                    seen.add(run.key)
+                    yield run
+
+    def config(self, arm: str, stage: str, seed: int, settings: dict[str, Any]) -> RunConfig:
+        """base, then the stage, then what the arm changes everywhere, then what it changes in this stage."""
+        values = merge(self.study.base, self.study.stages[stage])
+        changes = self.study.arms[arm].changes
+        values = merge(values, {key: item for key, item in changes.items() if key in RunConfig.model_fields})
+        values = merge(values, changes.get(stage, {}))
+        for path, value in settings.items():
+            values = merge(values, _nested(self._target(path, stage), value))
+        return run_config({**values, "name": f"{arm}-{stage}-seed{seed}", "seed": seed})
+
+    def _target(self, path: str, stage: str) -> list[str]:
+        """`train.learning_rate` belongs to every stage, `finetune.train.learning_rate` to one."""
+        parts = path.split(".")
+        if parts[0] in self.study.stages:
+            return parts[1:] if parts[0] == stage else []
+        if parts[0] not in RunConfig.model_fields:
+            raise ConfigError(f"tune: {path!r} names neither a section of a run nor a stage")
+        return parts
+
+    def _key(self, config: RunConfig, parent: StageRun | None) -> str:
+        values = {name: item for name, item in config.model_dump(mode="json").items() if name not in UNIDENTIFYING}
+        values["data"] = {name: item for name, item in values["data"].items() if name != "root"}
+        if parent is not None:
+            # A stage that starts from another takes over its model and tokenizer.
+            values = {name: item for name, item in values.items() if name != "model"}
+            values["text"] = {"max_tokens": values["text"]["max_tokens"]}
+        return fingerprint(
+            [values, self._data_key(config), self.sources, self.precision, parent.key if parent else None]
+        )
+
+    def _data_key(self, config: RunConfig) -> str:
+        cls, options = component("objective", config.objective, "objective")
+        objective = cls(options, None, config.text.max_tokens)
+        key = fingerprint([config.data.model_dump(mode="json"), objective.alternatives])
+        if key not in self._data:
+            self._data[key] = load_splits(config.data, objective.alternatives).fingerprint
+        return self._data[key]
+
+
+def _nested(path: list[str], value: Any) -> dict[str, Any]:
+    """`["train", "learning_rate"], 1e-4` -> `{"train": {"learning_rate": 1e-4}}`; an empty path -> nothing."""
+    if not path:
+        return {}
+    result: Any = value
+    for part in reversed(path):
+        result = {part: result}
+    return result  # type: ignore[no-any-return]
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as `a.b.c: value`."""
+    rows: dict[str, Any] = {}
+    for key, item in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(item, dict) and item:
+            rows |= flat(item, f"{name}.")
+        else:
+            rows[name] = item
+    return rows
+
+
+def config_differences(layout: Layout, arm: str, reference: str) -> dict[str, Any]:
+    """What an arm's stages ask for that the reference arm's do not: `stage.field` -> value (field alone if in all)."""
+    seed = layout.seeds[0]
+    ours = {run.stage: flat(run.config.model_dump(mode="json")) for run in layout.chain(arm, seed)}
+    theirs = {run.stage: flat(run.config.model_dump(mode="json")) for run in layout.chain(reference, seed)}
+    rows: dict[str, Any] = {}
+    if list(ours) != list(theirs):
+        rows["stages"] = list(ours)
+    shared = [stage for stage in ours if stage in theirs]
+    for stage in shared:
+        for name in sorted(ours[stage].keys() | theirs[stage].keys()):
+            if name != "name" and ours[stage].get(name) != theirs[stage].get(name):
+                rows[f"{stage}.{name}"] = ours[stage].get(name)
+    everywhere = {
+        name.split(".", 1)[1]
+        for name in rows
+        if "." in name and all(rows.get(f"{stage}.{name.split('.', 1)[1]}", rows) == rows[name] for stage in shared)
+    }
+    for name in everywhere:
+        values = [rows.pop(f"{stage}.{name}") for stage in shared]
+        rows[name] = values[0]
+    return rows

@@ -1,0 +1,117 @@
+"""The smaller screens: metric rows, answers, plans, recipes, findings."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from rich.console import Console
+
+from isoform.studies import wording
+from isoform.studies.terminal import print_line, print_table
+
+_LEVELS = {"ok": ("✓", "green"), "info": ("·", ""), "warning": ("!", "yellow"), "error": ("✗", "bold red")}
+# Bars of a small curve, from nothing to full.
+_BARS = " ▁▂▃▄▅▆▇█"
+CURVE_WIDTH = 60
+
+
+class Answered(Protocol):
+    @property
+    def input(self) -> str: ...
+
+    @property
+    def answer(self) -> str: ...
+
+    @property
+    def num_unknown(self) -> int: ...
+
+
+def print_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
+    """Rows of eval.json."""
+    heads = ["metric", "split", "value", "low", "high", "n"]
+    cells = [
+        [
+            str(row["metric"]),
+            str(row["split"]),
+            *(wording.value_text(row.get(key), str(row["metric"])) for key in ("value", "low", "high")),
+            wording.count_text(row.get("n")),
+        ]
+        for row in rows
+    ]
+    print_table(console, heads, cells, num_text_columns=2)
+
+
+def print_answers(answers: Iterable[Answered], console: Console) -> int:
+    """Inputs and answers as they come; returns how many input tokens were unknown."""
+    unknown = 0
+    for answer in answers:
+        unknown += answer.num_unknown
+        console.print(f"{answer.input}\t{answer.answer}", markup=False, highlight=False, soft_wrap=True)
+    return unknown
+
+
+def print_plan(plan: dict[str, Any], console: Console) -> None:
+    """What each stage takes, the rate's curve, the total, and what to know before."""
+    print_line(console, "", str(plan["name"]), "bold")
+    heads = ["stage", "runs", "parameters", "steps", "tokens", "FLOPs", "per step", "training", "scoring", "each"]
+    cells = []
+    for stage in plan["stages"]:
+        model = stage["model"]
+        flops = stage["tokens"] * (model["flops_forward"] + model["flops_backward"])
+        seconds = [stage.get(key) for key in ("seconds_training", "seconds_evaluating", "seconds_total")]
+        cells.append(
+            [
+                str(stage["name"]),
+                str(stage["runs"]),
+                f"{model['total']:,}",
+                f"{stage['steps']:,}",
+                f"{stage['tokens']:,}",
+                f"{flops:.2g}",
+                f"{1000 * stage.get('seconds_per_step', 0):.0f} ms",
+                *(wording.duration_text(value) for value in seconds),
+            ]
+        )
+    print_table(console, heads, cells, num_text_columns=1)
+    for stage in plan["stages"]:
+        rates = [rate for _, rate in stage["learning_rates"]]
+        print_line(console, "", f"rate  {_curve(rates)}  {stage['name']}, peak {max(rates):.3g}")
+    sizes = (plan["disk_bytes"], plan["free_disk_bytes"], plan["memory_bytes"])
+    disk, free, memory = (f"{size / 1e9:.2f} GB" for size in sizes)
+    peak = max(stage["peak_memory_bytes"] for stage in plan["stages"]) / 1e9
+    stage = plan["stages"][0]
+    print_line(
+        console,
+        "",
+        f"{stage['precision']} on {stage['device']}; memory {peak:.2f} of {memory}; disk {disk} of {free} free",
+    )
+    for name, trials in plan["tuning_trials"].items():
+        print_line(console, "", f"tuning: {trials} settings of {name} with the first seed, not in the total below")
+    print_line(console, "", f"all runs together: about {wording.duration_text(plan['seconds_total'])}", "bold")
+    for stage in plan["stages"]:
+        for warning in stage["warnings"]:
+            print_line(console, "!", f"{stage['name']}: {warning}", "yellow")
+    for row in plan["audit"]:
+        if row["level"] in {"refuse", "warn"}:
+            print_line(console, "✗" if row["level"] == "refuse" else "!", f"{row['check']}: {row['message']}", "yellow")
+    if plan.get("attempt"):
+        print_line(console, "✓", "tried: one step, evaluation, save and reload went through", "green")
+
+
+def print_recipes(rows: Sequence[dict[str, str]], console: Console) -> None:
+    print_table(console, ["recipe", "kind", "about"], [[row["name"], row["kind"], row["about"]] for row in rows], 3)
+
+
+def print_findings(rows: Sequence[dict[str, str]], console: Console) -> None:
+    for row in rows:
+        sign, style = _LEVELS[row["level"]]
+        advice = f": {row['advice']}" if row["advice"] else ""
+        print_line(console, sign, f"{row['what']}{advice}", style)
+
+
+def _curve(values: Sequence[float]) -> str:
+    """A curve of block characters, `CURVE_WIDTH` wide at most."""
+    places = range(CURVE_WIDTH) if len(values) > CURVE_WIDTH else range(len(values))
+    chosen = [values[place * len(values) // len(places)] for place in places]
+    top = max(max(chosen), 1e-300)
+    return "".join(_BARS[round((len(_BARS) - 1) * value / top)] for value in chosen)

@@ -1,0 +1,338 @@
+"""A study: every arm at every seed, what is missing and no more; then audit, statistics and the report.
+
+lay out -> audit the plan -> tune -> train stage by stage -> read scores -> compare -> audit the results -> report
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import isoform
+from isoform import machine
+from isoform.config import StudyConfig, study_config
+from isoform.errors import AuditError, ConfigError
+from isoform.registry import lookup
+from isoform.storage import fingerprint, iterate_jsonl, locked, read_json, write_json, write_text
+from isoform.studies import audit
+from isoform.studies.layout import Layout, StageRun, config_differences
+from isoform.studies.outside import read_results
+from isoform.studies.report import write_report
+from isoform.studies.statistics import Comparison, Scores, compare, decide, interval_over_seeds, load_scores
+from isoform.training.run import sources_fingerprint, train
+
+Say = Callable[[str], None]
+
+
+def study(
+    values: dict[str, Any],
+    folder: Path,
+    *,
+    command: str = "",
+    quiet: bool = False,
+    say: Say = lambda line: None,
+) -> dict[str, Any]:
+    """Carries the study out in `folder` and returns its results; a study that was stopped goes on where it was.
+
+    Raises: ConfigError, DataError, AuditError (exit 10, before anything is trained where that can be known), Stopped.
+    """
+    config = study_config(values)
+    with locked(folder):
+        began = time.monotonic()
+        record = _record(folder, config, command)
+        layout = Layout(
+            config,
+            list(range(config.seed, config.seed + config.seeds)),
+            record["precision"],
+            sources_fingerprint(),
+        )
+        planned = audit.before(layout)
+        _refuse(planned)
+        layout.chosen, tuning = _tune(layout, folder, quiet, say)
+        _train_all(layout, folder, quiet, say)
+        record["seconds"] = float(record.get("seconds", 0.0)) + time.monotonic() - began
+        record["finished"] = _now()
+        write_json(folder / "manifest.json", record)
+        results = conclude(layout, folder, planned, tuning, record)
+        write_json(folder / "results.json", results)
+        write_report(folder)
+        _refuse(results["audit"])
+        return results
+
+
+def _record(folder: Path, config: StudyConfig, command: str) -> dict[str, Any]:
+    """The study's manifest: precision and machine are chosen once and kept by every resume."""
+    path = folder / "manifest.json"
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    key = fingerprint(config.model_dump(mode="json"))
+    if path.exists():
+        record: dict[str, Any] = read_json(path)
+        if record["fingerprint"] == key:
+            return record
+    wanted = {**config.base.get("train", {})}.get("precision", "auto")
+    record = {
+        "format": 1,
+        "fingerprint": key,
+        "command": command,
+        "precision": machine.choose_precision(wanted, machine.choose_device().type),
+        "machine": machine.describe(),
+        "packages": machine.package_versions(),
+        "code": {"isoform": isoform.__version__, "sources": sources_fingerprint()},
+        "started": _now(),
+        "seconds": 0.0,
+    }
+    write_text(folder / "study.yaml", text)
+    write_json(path, record)
+    return record
+
+
+def _refuse(rows: list[dict[str, Any]]) -> None:
+    refused = [row["message"] for row in rows if row["level"] == "refuse"]
+    if refused:
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+        raise AuditError(f"the audit refuses this study: {refused[0]}{more}")
+
+
+# --------------------------------------------------------------------------------------------------- tuning and training
+
+
+def _tune(
+    layout: Layout, folder: Path, quiet: bool, say: Say
+) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
+    """Each arm's best setting on its selection split, by the first seed."""
+    chosen: dict[str, dict[str, Any]] = {}
+    trials: dict[str, list[dict[str, Any]]] = {}
+    for arm, options in layout.arms():
+        if not options.tune:
+            continue
+        rows: list[dict[str, Any]] = []
+        for combination in itertools.product(*options.tune.values()):
+            setting = dict(zip(options.tune, combination, strict=True))
+            chain = layout.chain(arm, layout.seeds[0], setting)
+            for run in chain:
+                _train_stage(run, folder, layout, quiet, say, note=f"trial {setting}")
+            rows.append({"setting": setting, "value": _selected_value(chain[-1], folder)})
+        select = layout.chain(arm, layout.seeds[0], rows[0]["setting"])[-1].config.train.select
+        sign = 1 if lookup("metric", select.metric).higher_is_better else -1
+        best = max(rows, key=lambda row: -math.inf if row["value"] is None else sign * row["value"])
+        for row in rows:
+            row["chosen"] = row is best
+        chosen[arm], trials[arm] = best["setting"], rows
+    return chosen, trials
+
+
+def _selected_value(run: StageRun, folder: Path) -> float | None:
+    """The selection metric of the checkpoint that a finished run kept."""
+    select = run.config.train.select
+    if select.metric == "last":
+        raise ConfigError(f"tune: stage {run.stage!r} has no train.select.metric to choose a setting by; name one")
+    values: list[float] = [
+        row["value"]
+        for event in iterate_jsonl(folder / run.folder / "events.jsonl")
+        if event["event"] == "evaluation"
+        for row in event["rows"]
+        if row["metric"] == select.metric and row["split"] == select.split and row["value"] is not None
+    ]
+    if not values:
+        return None
+    return max(values) if lookup("metric", select.metric).higher_is_better else min(values)
+
+
+def _train_all(layout: Layout, folder: Path, quiet: bool, say: Say) -> None:
+    runs = list(layout.all())
+    for number, run in enumerate(runs, 1):
+        _train_stage(run, folder, layout, quiet, say, note=f"{number} of {len(runs)}")
+
+
+def _train_stage(run: StageRun, folder: Path, layout: Layout, quiet: bool, say: Say, note: str) -> None:
+    target = folder / run.folder
+    manifest = target / "manifest.json"
+    if manifest.exists() and read_json(manifest).get("complete"):
+        return
+    say(f"{run.stage} of {run.arm}, seed {run.seed} ({note})")
+    start = None if run.parent is None else folder / run.parent.folder / "final"
+    train(run.config, target, resume=True, start=start, precision=layout.precision, quiet=quiet)
+    # A finished stage is never resumed: its optimiser states would only fill the disk.
+    shutil.rmtree(target / "checkpoints", ignore_errors=True)
+
+
+# ------------------------------------------------------------------------------------------------------------ conclusions
+
+
+def conclude(
+    layout: Layout,
+    folder: Path,
+    planned: list[dict[str, Any]],
+    tuning: dict[str, list[dict[str, Any]]],
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    """Everything that the report shows, as plain values."""
+    config = layout.study
+    arms = [_arm(layout, folder, name, tuning.get(name, [])) for name, _ in layout.arms()]
+    comparisons = [_compare(layout, folder, question.pair, question) for question in config.questions]
+    decided = decide(comparisons, config.compare.confidence)
+    questions = [
+        {
+            **decision.as_dict(),
+            "pair": list(question.pair),
+            "metric": question.metric or config.compare.metric,
+            "split": question.split or config.compare.split,
+            "margin": question.margin,
+            "published": question.published,
+            "notes": [],
+        }
+        for question, decision in zip(config.questions, decided, strict=True)
+    ]
+    results = {
+        "name": config.name,
+        "question": config.question,
+        "published": config.published,
+        "seeds": layout.seeds,
+        "compare": config.compare.model_dump(mode="json"),
+        "arms": arms,
+        "questions": questions,
+        "data": _data(layout, folder),
+        "command": record["command"],
+        "code": {"version": record["code"]["isoform"], "packages": record["packages"]},
+        "machine": record["machine"],
+        "precision": record["precision"],
+        "seconds": record["seconds"],
+        "started": record["started"],
+        "finished": record["finished"],
+    }
+    results["audit"] = [*planned, *audit.after(layout, folder, results, lambda *args: _compare(layout, folder, *args))]
+    return results
+
+
+def _arm(layout: Layout, folder: Path, name: str, tuning: list[dict[str, Any]]) -> dict[str, Any]:
+    config = layout.study
+    reference = next(iter(config.arms))
+    outside = config.arms[name].results
+    runs = [] if outside else [_run(layout, folder, name, seed) for seed in layout.seeds]
+    manifest = read_json(folder / runs[0]["final"] / "manifest.json") if runs else {}
+    return {
+        "name": name,
+        "stages": config.arms[name].stages,
+        "differences": {} if name == reference or outside else config_differences(layout, name, reference),
+        "parameters": manifest.get("model", {}),
+        "runs": runs,
+        "summary": _summary(layout, folder, name),
+        "tuning": tuning,
+    }
+
+
+def _run(layout: Layout, folder: Path, arm: str, seed: int) -> dict[str, Any]:
+    chain = layout.chain(arm, seed)
+    last = folder / chain[-1].folder
+    stages = []
+    for run in chain:
+        manifest = read_json(folder / run.folder / "manifest.json")
+        losses = [row["loss"] for row in iterate_jsonl(folder / run.folder / "metrics.jsonl")]
+        users = [other for other, _ in layout.arms() if run.key in {r.key for r in layout.chain(other, seed)}]
+        stages.append(
+            {
+                "name": run.stage,
+                "folder": str(run.folder),
+                "seconds": manifest["seconds"]["total"],
+                "steps": manifest["steps"],
+                "tokens": manifest["tokens"],
+                "final_loss": losses[-1] if losses else None,
+                "shared": len(users) > 1,
+            }
+        )
+    selections = read_json(last / "selections.json")
+    wanted = (layout.study.compare.metric, layout.study.compare.split)
+    return {
+        "seed": seed,
+        "stages": stages,
+        "final": str(chain[-1].folder),
+        "metrics": read_json(last / "eval.json"),
+        "selections": {
+            name: next((r["value"] for r in chosen["rows"] if (r["metric"], r["split"]) == wanted), None)
+            for name, chosen in selections["selections"].items()
+        },
+        "diverged": audit.diverged(folder / chain[-1].folder),
+    }
+
+
+def _summary(layout: Layout, folder: Path, arm: str) -> list[dict[str, Any]]:
+    """Mean over seeds with its interval, for every metric and split that was scored."""
+    pairs = [(layout.study.compare.metric, layout.study.compare.split)]
+    outside = layout.study.arms[arm].results
+    if outside is None:
+        rows = read_json(folder / layout.chain(arm, layout.seeds[0])[-1].folder / "eval.json")
+        pairs += [(row["metric"], row["split"]) for row in rows if (row["metric"], row["split"]) not in pairs]
+    summary = []
+    for metric, split in pairs:
+        scores = _scores(layout, folder, arm, metric, split)
+        mean, low, high, deviation = interval_over_seeds(
+            scores, lookup("metric", metric), confidence=layout.study.compare.confidence
+        )
+        values = [_value(scores, metric, index) for index in range(len(scores.seeds))]
+        row = {"metric": metric, "split": split, "mean": mean, "low": low, "high": high, "sd": deviation}
+        summary.append({**row, "values": values})
+    return summary
+
+
+def _value(scores: Scores, metric: str, index: int) -> float:
+    sums = {name: column[index].sum() for name, column in scores.columns.items()}
+    return float(lookup("metric", metric)().value(sums))
+
+
+def _scores(layout: Layout, folder: Path, arm: str, metric: str, split: str, selection: str | None = None) -> Scores:
+    """The per-example statistics of an arm at every seed; `selection` names another way to choose the checkpoint."""
+    outside = layout.study.arms[arm].results
+    cls = lookup("metric", metric, "compare.metric")
+    if outside is not None:
+        return read_results(Path(layout.study.base.get("data", {}).get("root") or ".") / outside, split, cls)
+    paths = {}
+    for seed in layout.seeds:
+        last = folder / layout.chain(arm, seed)[-1].folder
+        final = read_json(last / "selections.json")
+        same = selection is None or selection == final["final"] or selection not in final["selections"]
+        chosen = last if same else last / str(selection)
+        if not same and not (chosen / "predictions.jsonl").exists():
+            # Chosen at the same step as one that was scored before it.
+            step = final["selections"][selection]["step"]
+            twins = [name for name, item in final["selections"].items() if item["step"] == step]
+            chosen = (
+                last
+                if final["final"] in twins
+                else last / next(name for name in twins if (last / name / "predictions.jsonl").exists())
+            )
+        paths[seed] = chosen / "predictions.jsonl"
+    return load_scores(paths, split, cls)
+
+
+def _compare(
+    layout: Layout, folder: Path, pair: tuple[str, str], question: Any, selection: str | None = None
+) -> Comparison:
+    """Second minus first, paired by seed and example."""
+    settings = layout.study.compare
+    metric, split = question.metric or settings.metric, question.split or settings.split
+    first, second = (_scores(layout, folder, arm, metric, split, selection) for arm in pair)
+    return compare(first, second, lookup("metric", metric), confidence=settings.confidence, margin=question.margin)
+
+
+def _data(layout: Layout, folder: Path) -> dict[str, Any]:
+    """What each stage was trained and scored on, from the first run of each stage."""
+    seen: dict[str, Any] = {}
+    for run in _runs_with_manifest(layout, folder):
+        seen.setdefault(run.stage, read_json(folder / run.folder / "manifest.json").get("data", {}))
+    return seen
+
+
+def _runs_with_manifest(layout: Layout, folder: Path) -> Iterator[StageRun]:
+    return (run for run in layout.all() if (folder / run.folder / "manifest.json").exists())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,99 @@
+"""The micro-batches of every global step, prepared one step ahead in a thread.
+
+What a step contains is a pure function of (seed, step) and the data; ranks and micro-batch size only cut it up, so
+the thread can change nothing but the time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from isoform import chance
+from isoform.contracts import IGNORE, Batch, Objective, Sample
+from isoform.data.batches import collate
+from isoform.data.corpus import Dataset
+from isoform.data.plan import BatchPlan, micro_batches, split_for_ranks
+
+
+@dataclass(frozen=True)
+class GlobalStep:
+    """This rank's share of one optimiser update."""
+
+    step: int
+    epoch: int
+    batches: list[Batch]
+    counts: dict[str, float]
+    # loss part -> what it is divided by, this rank's share
+    sample_ids: tuple[str, ...]
+
+
+class Feed:
+    """Prepares samples, cuts them into micro-batches, and counts their targets."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        objective: Objective,
+        plan: BatchPlan,
+        *,
+        seed: int,
+        micro_batch_tokens: int,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self.dataset = dataset
+        self.objective = objective
+        self.plan = plan
+        self.seed = seed
+        self.micro_batch_tokens = micro_batch_tokens
+        self.rank = rank
+        self.world = world
+
+    def at(self, step: int) -> GlobalStep:
+        """This rank's share of global step `step`."""
+        epoch, chosen = self.plan.samples(step)
+        lengths = self.plan.lengths[chosen]
+        mine = split_for_ranks(np.arange(len(chosen)), lengths, self.rank, self.world)
+        if len(mine):
+            samples = [self._prepare(int(index), epoch) for index in chosen[mine]]
+        else:
+            # A last batch smaller than the number of ranks: this rank joins in with a sample that asks for nothing.
+            samples = [_silent(self._prepare(int(chosen[0]), epoch))]
+        sizes = np.array([len(sample.tokens) for sample in samples])
+        groups = micro_batches(np.arange(len(samples)), sizes, self.micro_batch_tokens)
+        batches = [collate([samples[i] for i in group]) for group in groups]
+        dropout_key = chance.key64(self.seed, "dropout", step)
+        counts: dict[str, float] = {}
+        for batch in batches:
+            batch.dropout_key = dropout_key
+            if batch.source is not None:
+                batch.source.dropout_key = dropout_key
+            for name, count in self.objective.counts(batch).items():
+                counts[name] = counts.get(name, 0.0) + count
+        return GlobalStep(step, epoch, batches, counts, tuple(sample.id for sample in samples))
+
+    def ahead(self, start: int, stop: int) -> Iterator[GlobalStep]:
+        """Steps start .. stop-1 in order, the next one being prepared while the caller computes."""
+        if start >= stop:
+            return
+        with ThreadPoolExecutor(1, thread_name_prefix="isoform-feed") as pool:
+            upcoming = pool.submit(self.at, start)
+            for step in range(start, stop):
+                current = upcoming.result()
+                if step + 1 < stop:
+                    upcoming = pool.submit(self.at, step + 1)
+                yield current
+
+    def _prepare(self, index: int, epoch: int) -> Sample:
+        encoded = self.dataset[index]
+        return self.objective.prepare(encoded, chance.generator(self.seed, "prepare", epoch, encoded.id))
+
+
+def _silent(sample: Sample) -> Sample:
+    targets = None if sample.targets is None else np.full_like(sample.targets, IGNORE)
+    return dataclasses.replace(sample, targets=targets, weight=0.0)

@@ -1,0 +1,320 @@
+"""The one training loop. It names no family, no objective and no adapter: it receives them by their protocols.
+
+    for step: micro-batches -> sums -> one division by global counts -> clip -> rate(step) -> update
+              -> log -> evaluate? -> checkpoint? -> stop?
+
+Resuming restores weights, optimiser state and scalars; data order, masks and dropout are functions of the step, so
+nothing else has to be restored and no batch is skipped or seen twice.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.state import latest_state, optimizer_state_by_name, restore_optimizer, save_state
+from isoform.contracts import RunState
+from isoform.errors import NonFiniteError, OutOfMemoryError
+from isoform.evaluation.evaluate import Evaluation
+from isoform.registry import lookup
+from isoform.training.feed import Feed, GlobalStep
+from isoform.training.guards import Interrupts
+from isoform.training.logs import RunLog
+from isoform.training.prepare import Prepared
+from isoform.training.progress import Progress
+from isoform.training.step import LossModule, accumulate, parameter_groups, set_rates
+
+# A folder beside the checkpoints for each way to choose one: the best by the selected metric, and by loss.
+BEST_METRIC = "best-metric"
+BEST_LOSS = "best-loss"
+
+
+@dataclass
+class Outcome:
+    """What the loop leaves behind."""
+
+    state: RunState
+    seconds: float
+    unused: list[str] = field(default_factory=list)
+    # parameters that never received a gradient
+
+
+class Loop:
+    """Trains a prepared run in its folder."""
+
+    def __init__(
+        self,
+        run: Prepared,
+        folder: Path,
+        accelerator: Accelerator,
+        log: RunLog,
+        evaluate: Callable[[nn.Module, str], Evaluation],
+        progress: Progress,
+    ) -> None:
+        self.run = run
+        self.folder = folder
+        self.accelerator = accelerator
+        self.log = log
+        self.evaluate = evaluate
+        self.progress = progress
+        self.train = run.config.train
+        self.names = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+        self.optimizers = run.optimizer.build(self.names, self.train.learning_rate)
+        self.module: nn.Module = accelerator.prepare(LossModule(run.model, run.objective))
+        self.micro_batch_tokens = self.train.micro_batch_tokens
+        self.state = RunState()
+        self.silent = set(self.names)
+        self._saved_at = time.monotonic()
+        self._saved_step = -1
+
+    # ------------------------------------------------------------------------------------------------ the way through
+
+    def resume(self) -> bool:
+        """Restores the newest complete checkpoint; False where there is none."""
+        found = latest_state(self.folder / "checkpoints", on_event=self.log.event)
+        if found is None:
+            return False
+        with torch.no_grad():
+            for name, tensor in self.run.model.state_dict().items():
+                tensor.copy_(found.tensors[name])
+        restore_optimizer(self.optimizers, self.names, found.state.optimizer)
+        self.state = found.state
+        self.silent = set(self.state.scalars.get("silent", []))
+        self._saved_step = self.state.step
+        return True
+
+    def __call__(self) -> Outcome:
+        """All remaining steps. Raises: NonFiniteError, OutOfMemoryError, Stopped."""
+        started = time.monotonic()
+        before = float(self.state.scalars.get("seconds", 0.0))
+        self.module.train()
+        assert self.run.batch_plan is not None
+        with Interrupts() as interrupts:
+            for step in self._feed().ahead(self.state.step, self.run.num_steps):
+                began = time.monotonic()
+                totals, counts = self._update(step)
+                self.state.step = step.step + 1
+                self.state.tokens += round(sum(counts.values()))
+                self._log(step, totals, counts, time.monotonic() - began)
+                improved = self._evaluate_if_due()
+                self.state.scalars["seconds"] = before + time.monotonic() - started
+                if interrupts.requested is not None:
+                    self._save()
+                    raise interrupts.stopped(f"stopped at step {self.state.step} of {self.run.num_steps}, saved")
+                if self._patience_over():
+                    self.log.event("early-stop", step=self.state.step)
+                    break
+                if improved or self._save_due():
+                    self._save()
+        if self._saved_step != self.state.step:
+            self._save()
+        return Outcome(self.state, before + time.monotonic() - started, sorted(self.silent))
+
+    def _feed(self) -> Feed:
+        assert self.run.batch_plan is not None
+        return Feed(
+            self.run.datasets["train"],
+            self.run.objective,
+            self.run.batch_plan,
+            seed=self.run.config.seed,
+            micro_batch_tokens=self.micro_batch_tokens,
+            rank=self.accelerator.process_index,
+            world=self.accelerator.num_processes,
+        )
+
+    # ------------------------------------------------------------------------------------------------------ one update
+
+    def _update(self, step: GlobalStep) -> tuple[dict[str, float], dict[str, float]]:
+        counts = self._reduce(step.counts)
+        while True:
+            try:
+                totals = accumulate(
+                    self.module,
+                    step.batches,
+                    counts,
+                    precision=self.run.precision,
+                    device=self.run.device,
+                    world=self.accelerator.num_processes,
+                    no_sync=self.accelerator.no_sync,
+                )
+                break
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                step = self._smaller(step, error)
+        self._grad_norm = self._clip()
+        totals = self._reduce(totals)
+        if not all(map(math.isfinite, [*totals.values(), self._grad_norm])):
+            self._refuse_non_finite(step, totals)
+        self._note_silent()
+        self._rate = set_rates(self.optimizers, self.run.factor(step.step))
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self._clear()
+        return totals, counts
+
+    def _smaller(self, step: GlobalStep, error: BaseException) -> GlobalStep:
+        """The same step in half the micro-batch: memory runs out, the run stays the same."""
+        self._clear()
+        largest = max(batch.tokens.numel() for batch in step.batches)
+        longest = max(batch.sequences.max_length for batch in step.batches)
+        if self.accelerator.num_processes > 1 or largest <= longest:
+            raise OutOfMemoryError(
+                f"step {step.step + 1}: one sequence of {longest} tokens does not fit into memory; "
+                "lower text.max_tokens or the model's size"
+            ) from error
+        self.micro_batch_tokens = max(longest, largest // 2)
+        self.log.event("smaller-micro-batch", step=step.step, micro_batch_tokens=self.micro_batch_tokens)
+        return self._feed().at(step.step)
+
+    def _clip(self) -> float:
+        limit = self.train.clip_norm if self.train.clip_norm is not None else float("inf")
+        return float(self.accelerator.clip_grad_norm_(list(self.names.values()), limit))
+
+    def _clear(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def _note_silent(self) -> None:
+        """Crosses out the parameters that have received a gradient by now."""
+        for name in list(self.silent):
+            gradient = self.names[name].grad
+            if gradient is not None and bool(gradient.any()):
+                self.silent.discard(name)
+
+    def _reduce(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums over ranks, in double precision."""
+        if self.accelerator.num_processes == 1:
+            return values
+        names = sorted(values)
+        kind = torch.float32 if self.run.device.type == "mps" else torch.float64
+        tensor = torch.tensor([values[name] for name in names], dtype=kind, device=self.run.device)
+        summed = self.accelerator.reduce(tensor, reduction="sum").tolist()
+        return dict(zip(names, summed, strict=True))
+
+    def _refuse_non_finite(self, step: GlobalStep, totals: dict[str, float]) -> None:
+        self._clear()
+        what = f"loss {totals}" if not all(map(math.isfinite, totals.values())) else f"gradient norm {self._grad_norm}"
+        self.log.event("non-finite", step=step.step, what=what, sample_ids=list(step.sample_ids))
+        self.log.flush()
+        raise NonFiniteError(
+            f"step {step.step + 1}: {what}; no update was made, the last checkpoint is whole. Lower train.learning_rate "
+            f"or lengthen the warm-up; the batch's sample ids are in {self.folder / 'events.jsonl'}"
+        )
+
+    # --------------------------------------------------------------------------------------------- logs and evaluation
+
+    def _log(self, step: GlobalStep, totals: dict[str, float], counts: dict[str, float], seconds: float) -> None:
+        means = {name: total / max(1.0, counts[name]) for name, total in totals.items()}
+        loss = means["loss"] if "loss" in means else sum(totals.values()) / max(1.0, sum(counts.values()))
+        tokens = sum(batch.tokens.numel() for batch in step.batches) * self.accelerator.num_processes
+        if self.state.step % self.train.log_every_steps == 0 or self.state.step == self.run.num_steps:
+            parts = {f"loss_{name}": value for name, value in means.items() if name != "loss"}
+            self.log.step(
+                {
+                    "step": self.state.step,
+                    "epoch": step.epoch,
+                    "tokens": self.state.tokens,
+                    "loss": loss,
+                    **parts,
+                    "lr": self._rate,
+                    "grad_norm": self._grad_norm,
+                    "tokens_per_second": tokens / max(1e-9, seconds),
+                }
+            )
+        self.progress.step(self.state.step, loss, tokens)
+
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates where the config asks for it; whether a checkpoint became the best so far."""
+        if not self._evaluation_due():
+            return False
+        select = self.train.select
+        began = time.monotonic()
+        evaluation = self.evaluate(self.run.model, select.split)
+        self.module.train()
+        self.log.evaluation(self.state.step, self.state.tokens, time.monotonic() - began, evaluation.rows)
+        values = {row["metric"]: row["value"] for row in evaluation.rows}
+        self.progress.evaluation(self.state.step, select.split, values)
+        improved = self._keep_best(BEST_LOSS, "loss", values.get("loss"))
+        if select.metric != "last":
+            better = self._keep_best(BEST_METRIC, select.metric, values.get(select.metric))
+            waited = 0 if better else int(self.state.scalars.get("waited", 0)) + 1
+            self.state.scalars["waited"] = waited
+            improved = improved or better
+        return improved
+
+    def _evaluation_due(self) -> bool:
+        train, step = self.train, self.state.step
+        if train.select.split not in self.run.datasets:
+            return False
+        if train.evaluate_every_steps is not None:
+            return step % train.evaluate_every_steps == 0 or step == self.run.num_steps
+        if train.evaluate_every_epochs is not None:
+            assert self.run.batch_plan is not None
+            every = max(1, round(train.evaluate_every_epochs * self.run.batch_plan.steps_per_epoch))
+            return step % every == 0 or step == self.run.num_steps
+        return step == self.run.num_steps and train.select.metric != "last"
+
+    def _keep_best(self, folder: str, metric: str, value: float | None) -> bool:
+        """Saves the weights where `value` is the best so far; NaN and missing values are never the best."""
+        if value is None or not math.isfinite(value):
+            return False
+        best = self.state.scalars.get(folder)
+        sign = 1 if lookup("metric", metric).higher_is_better else -1
+        if best is not None and sign * value <= sign * best["value"]:
+            return False
+        self.state.scalars[folder] = {"step": self.state.step, "metric": metric, "value": value}
+        if self.accelerator.is_main_process:
+            save_model(self.folder / folder, self.run.model, self.run.tokenizer)
+        return True
+
+    def _patience_over(self) -> bool:
+        return self.train.patience is not None and int(self.state.scalars.get("waited", 0)) >= self.train.patience
+
+    # ----------------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_due(self) -> bool:
+        if self.train.checkpoint_every_steps is not None:
+            return self.state.step % self.train.checkpoint_every_steps == 0
+        # Ranks must agree, and clocks do not: only steps that all ranks see the same way save by time.
+        due = time.monotonic() - self._saved_at >= self.train.checkpoint_every_seconds
+        return bool(self._reduce({"due": float(due)})["due"]) if self.state.step % 10 == 0 else False
+
+    def _save(self) -> None:
+        self.log.flush()
+        self.state.scalars["silent"] = sorted(self.silent)
+        assert self.run.batch_plan is not None
+        epoch, offset = divmod(self.state.step, self.run.batch_plan.steps_per_epoch)
+        self.state.cursor = {"epoch": epoch, "step_in_epoch": offset}
+        self.state.optimizer = optimizer_state_by_name(self.optimizers, self.names)
+        if self.accelerator.is_main_process:
+            save_state(
+                self.folder / "checkpoints",
+                self.run.model,
+                self.run.tokenizer,
+                self.state,
+                keep=self.train.keep_checkpoints,
+            )
+        self.accelerator.wait_for_everyone()
+        self._saved_at = time.monotonic()
+        self._saved_step = self.state.step
+
+
+def planned_rates(run: Prepared) -> list[float]:
+    """The learning rate of every step, before any is taken."""
+    return [run.config.train.learning_rate * run.factor(step) for step in range(run.num_steps)]
+
+
+def peak_rates(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
+    """Each parameter group's peak rate and number of parameters, for the plan."""
+    return [
+        {"peak_rate": group["peak_rate"], "parameters": sum(p.numel() for p in group["params"])}
+        for group in parameter_groups(optimizers)
+    ]

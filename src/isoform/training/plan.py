@@ -1,0 +1,177 @@
+"""What a run will take, measured by a few real steps on this machine; nothing is written."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from isoform.evaluation.evaluate import evaluate
+from isoform.models.accounting import accounts
+from isoform.training.feed import Feed
+from isoform.training.prepare import Prepared
+from isoform.training.step import LossModule, accumulate, autocast, set_rates
+
+# The probe: steps that warm the machine up, then steps that are timed until one of the two limits.
+WARM_STEPS = 2
+MAX_TIMED_STEPS = 30
+MAX_SECONDS = 8.0
+PROBE_EXAMPLES = 96
+# bytes a parameter takes in a checkpoint: weights and two moments, in float32
+CHECKPOINT_BYTES = 12
+MODEL_BYTES = 4
+
+
+def plan_run(run: Prepared, *, probe: bool = True) -> dict[str, Any]:
+    """Steps, tokens, parameters, FLOPs, memory, disk, seconds, rates and warnings of a prepared run.
+
+    Units: seconds_total is steps x median seconds of a probed step, plus evaluations; tokens are those of the plan.
+    """
+    train = run.config.train
+    assert run.batch_plan is not None
+    plan = run.batch_plan
+    epochs = run.num_steps / plan.steps_per_epoch
+    tokens = int(plan.lengths.sum() * epochs)
+    sizes = accounts(run.model, run.config.text.max_tokens)
+    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    seconds_step = _seconds_per_step(run) if probe else None
+    evaluations = _num_evaluations(run)
+    seconds_evaluation = _seconds_per_evaluation(run) if probe else None
+    rates = [train.learning_rate * run.factor(step) for step in range(run.num_steps)]
+    folders = 3 if evaluations else 2
+    result: dict[str, Any] = {
+        "steps": run.num_steps,
+        "steps_per_epoch": plan.steps_per_epoch,
+        "epochs": epochs,
+        "samples": len(plan.lengths),
+        "tokens": tokens,
+        "mean_batch_tokens": tokens / run.num_steps,
+        "model": sizes,
+        "precision": run.precision,
+        "device": str(run.device),
+        "evaluations": evaluations,
+        "disk_bytes": num_parameters * (MODEL_BYTES * folders + CHECKPOINT_BYTES * train.keep_checkpoints),
+        "peak_memory_bytes": _peak_memory_bytes(),
+        "learning_rates": _thinned(rates),
+        "warnings": warnings(run, rates),
+    }
+    if seconds_step is not None and seconds_evaluation is not None:
+        result["seconds_per_step"] = seconds_step
+        result["seconds_per_evaluation"] = seconds_evaluation
+        result["seconds_training"] = seconds_step * run.num_steps
+        result["seconds_evaluating"] = seconds_evaluation
+        result["seconds_total"] = seconds_step * run.num_steps + seconds_evaluation
+    return result
+
+
+def warnings(run: Prepared, rates: list[float]) -> list[str]:
+    """What a person should know before the run begins."""
+    found = []
+    peak = int(np.argmax(rates))
+    if len(rates) > 1 and rates[-1] >= rates[peak] * (1 - 1e-9):
+        found.append("the learning rate never falls; most runs end better with a decay (train.schedule)")
+    if peak > len(rates) / 2:
+        found.append(f"the warm-up takes {peak + 1} of {len(rates)} steps; shorten train.schedule.warmup_*")
+    for name, dataset in run.datasets.items():
+        cut = dataset.report.get("truncated_documents", 0)
+        if cut:
+            found.append(f"{cut} documents of {name} are longer than text.max_tokens and are cut off")
+        unknown = dataset.report.get("unknown_tokens", 0)
+        if unknown:
+            found.append(f"{unknown} tokens of {name} are unknown to the tokenizer")
+    return found
+
+
+def _seconds_per_step(run: Prepared) -> float:
+    """Median seconds of a real update, its data included; the weights are put back."""
+    train = run.config.train
+    assert run.batch_plan is not None
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    module = LossModule(run.model, run.objective)
+    names = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    optimizers = run.optimizer.build(names, train.learning_rate)
+    feed = Feed(
+        run.datasets["train"],
+        run.objective,
+        run.batch_plan,
+        seed=run.config.seed,
+        micro_batch_tokens=train.micro_batch_tokens,
+    )
+    seconds: list[float] = []
+    began = time.perf_counter()
+    for step in feed.ahead(0, min(run.num_steps, WARM_STEPS + MAX_TIMED_STEPS)):
+        start = time.perf_counter()
+        accumulate(module, step.batches, step.counts, precision=run.precision, device=run.device)
+        torch.nn.utils.clip_grad_norm_(list(names.values()), train.clip_norm or float("inf"))
+        set_rates(optimizers, run.factor(step.step))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - start)
+        if time.perf_counter() - began > MAX_SECONDS and len(seconds) > WARM_STEPS:
+            break
+    run.model.load_state_dict(before)
+    timed = seconds[WARM_STEPS:] or seconds
+    return float(np.median(timed))
+
+
+def _num_evaluations(run: Prepared) -> int:
+    train = run.config.train
+    assert run.batch_plan is not None
+    if train.select.split not in run.datasets:
+        return 0
+    if train.evaluate_every_steps is not None:
+        every = train.evaluate_every_steps
+    elif train.evaluate_every_epochs is not None:
+        every = max(1, round(train.evaluate_every_epochs * run.batch_plan.steps_per_epoch))
+    else:
+        return int(train.select.metric != "last")
+    return -(-run.num_steps // every)
+
+
+def _seconds_per_evaluation(run: Prepared) -> float:
+    """Seconds of all evaluations: those on the way, and every split once at the end for each kept checkpoint."""
+    per_split = {name: _seconds_to_score(run, name) for name in run.datasets if name != "train"}
+    on_the_way = _num_evaluations(run) * per_split.get(run.config.train.select.split, 0.0)
+    at_the_end = sum(per_split[name] for name in run.config.evaluate.splits or per_split if name in per_split)
+    return on_the_way + at_the_end * (2 if _num_evaluations(run) > 1 else 1)
+
+
+def _seconds_to_score(run: Prepared, split: str) -> float:
+    """Seconds to score a split, from some of its examples; answers are taken to be as long as the expected ones."""
+    dataset = run.datasets[split]
+    some = [dataset[index] for index in range(min(PROBE_EXAMPLES, len(dataset)))]
+    if not some:
+        return 0.0
+    lengths = [len(item.fields["answer"]) + 1 for item in some if "answer" in item.fields]
+    limit = max(1, round(float(np.mean(lengths)))) if lengths else run.config.evaluate.max_new_tokens
+    start = time.perf_counter()
+    evaluate(
+        run.model,  # type: ignore[arg-type]
+        run.objective,
+        some,
+        split=split,
+        metrics=run.config.evaluate.metrics,
+        batch_tokens=run.config.evaluate.batch_tokens,
+        max_new_tokens=limit,
+        device=run.device,
+        autocast=lambda: autocast(run.precision, run.device),
+        keep_predictions=0,
+    )
+    return (time.perf_counter() - start) * len(dataset) / len(some)
+
+
+def _peak_memory_bytes() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _thinned(rates: list[float], most: int = 200) -> list[list[float]]:
+    """(step, rate) pairs, few enough to draw."""
+    every = max(1, len(rates) // most)
+    places = sorted({*range(0, len(rates), every), len(rates) - 1})
+    return [[place, rates[place]] for place in places]

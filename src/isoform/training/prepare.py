@@ -1,0 +1,241 @@
+"""From a config to everything that a run needs: splits, tokenizer, datasets, objective, model, plan of batches.
+
+Nothing is written to the run folder here; token stores go to the cache. `resolve` spells out every default.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from isoform import machine
+from isoform.checkpoints.folders import load_model
+from isoform.config import DataConfig, RunConfig
+from isoform.contracts import Objective, Source
+from isoform.data.corpus import Dataset, build_dataset
+from isoform.data.plan import BatchPlan
+from isoform.data.splits import SplitSources, load_splits
+from isoform.errors import ConfigError
+from isoform.registry import build_options, component, lookup, names
+from isoform.storage import fingerprint
+from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
+from isoform.training.optimizers import Optimizer
+from isoform.training.schedules import Schedule
+
+# What a stage falls back to when the config names neither a number of steps nor of epochs, nor a batch size.
+DEFAULT_EPOCHS = 1.0
+DEFAULT_BATCH_SEQUENCES = 32
+
+
+def cache_folder() -> Path:
+    """Where token stores are kept: $ISOFORM_CACHE, or ~/.cache/isoform."""
+    return Path(os.environ.get("ISOFORM_CACHE") or Path.home() / ".cache" / "isoform")
+
+
+@dataclass
+class Prepared:
+    """Everything that the loop and the evaluation receive."""
+
+    config: RunConfig
+    resolved: dict[str, Any]
+    # the config with every default spelled out
+    splits: SplitSources
+    tokenizer: TextTokenizer
+    objective: Objective
+    datasets: dict[str, Dataset]
+    model: Any
+    # a torch module that keeps to contracts.Model
+    batch_plan: BatchPlan | None
+    # None where nothing is trained
+    num_steps: int
+    schedule: Schedule
+    optimizer: Optimizer
+    precision: str
+    device: torch.device
+    fingerprints: dict[str, str]
+    # data, tokenizer
+
+    def factor(self, step: int) -> float:
+        """The schedule's share of the peak rate at `step`."""
+        return self.schedule.factor(step, self.num_steps)
+
+
+def prepare(
+    config: RunConfig,
+    *,
+    start: Path | None = None,
+    precision: str | None = None,
+    device: torch.device | None = None,
+    for_training: bool = True,
+) -> Prepared:
+    """Reads, splits, encodes and builds.
+
+    start: a model folder that takes the place of `model` and `text.tokenizer` (the stage before).
+    precision: the choice of the study, if one was made.
+
+    Raises: ConfigError, DataError, CheckpointError.
+    """
+    schedule_class, schedule_options = component("schedule", config.train.schedule, "train.schedule")
+    optimizer_class, optimizer_options = component("optimizer", config.train.optimizer, "train.optimizer")
+    objective_class, objective_options = component("objective", config.objective, "objective")
+    for tracker in config.track:
+        lookup("tracker", tracker, "track")
+    family, options, start = _model_section(config, start)
+    device = device or machine.choose_device()
+    precision = precision or machine.choose_precision(config.train.precision, device.type)
+
+    loaded = load_model(start) if start is not None else None
+    draft: Objective = objective_class(objective_options, None, config.text.max_tokens)
+    splits = load_splits(config.data, draft.alternatives)
+    if for_training and "train" not in splits.splits:
+        raise ConfigError("data: no training split; give `data.path` or `data.train`")
+    tokenizer = loaded.tokenizer if loaded is not None else _tokenizer(config, splits, draft)
+    if tokenizer is None:
+        raise ConfigError(f"model.from: {start} has no tokenizer; put its tokenizer.json into the folder")
+    max_tokens = config.text.max_tokens
+    if loaded is None:
+        assert family is not None
+        model_options = {**options, "vocab_size": tokenizer.vocab_size}
+        model_options.setdefault("max_positions", max_tokens)
+        model_config = build_options(family, model_options, "model")
+        model, family_name = family(model_config, seed=config.seed), str(config.model["family"])
+    else:
+        model, model_config, family_name = loaded.model, loaded.config, loaded.family
+    limit = model.max_positions
+    if limit is not None and limit < max_tokens:
+        raise ConfigError(f"text.max_tokens: {max_tokens} given, but the model has {limit} positions; lower it")
+    objective: Objective = objective_class(objective_options, tokenizer, max_tokens)
+    missing = objective.needs - model.capabilities
+    if missing:
+        raise ConfigError(
+            f"objective.kind: {config.objective['kind']} needs a model that is {' and '.join(sorted(missing))}; "
+            f"{family_name} is {', '.join(sorted(model.capabilities))}"
+        )
+    datasets = {
+        name: build_dataset(
+            source,
+            tokenizer,
+            objective,
+            config.data,
+            max_tokens,
+            cache_folder(),
+            keep_documents=name != "train",
+        )
+        for name, source in splits.splits.items()
+        if for_training or name != "train"
+    }
+    batch_plan, num_steps = _batches(config, objective, datasets.get("train")) if for_training else (None, 0)
+    if batch_plan is not None:
+        schedule_options.warmup(num_steps)
+    return Prepared(
+        config=config,
+        resolved=_resolved(config, objective_options, schedule_options, optimizer_options, model_config),
+        splits=splits,
+        tokenizer=tokenizer,
+        objective=objective,
+        datasets=datasets,
+        model=model.to(device),
+        batch_plan=batch_plan,
+        num_steps=num_steps,
+        schedule=schedule_class(schedule_options),
+        optimizer=optimizer_class(optimizer_options),
+        precision=precision,
+        device=device,
+        fingerprints={"data": _data_fingerprint(datasets, splits), "tokenizer": tokenizer.fingerprint()},
+    )
+
+
+def _model_section(config: RunConfig, start: Path | None) -> tuple[type[Any] | None, dict[str, Any], Path | None]:
+    """(family to build, its options, folder to start from): exactly one of the first and the last is given."""
+    options = dict(config.model)
+    origin = options.pop("from", None)
+    if start is None and origin is None:
+        name = options.pop("family", None)
+        if name is None:
+            raise ConfigError(f"model: `family` or `from` is expected; families: {', '.join(names('model'))}")
+        return lookup("model", name, "model.family"), options, None
+    if start is None:
+        if options:
+            raise ConfigError(
+                f"model.{next(iter(options))}: given beside `from: {origin}`; the shape of existing weights is fixed, "
+                "remove one of the two"
+            )
+        start = Path(str(origin))
+        if config.data.root is not None and not start.exists():
+            start = Path(config.data.root) / start
+    return None, {}, start
+
+
+def _tokenizer(config: RunConfig, splits: SplitSources, objective: Objective) -> TextTokenizer:
+    options = dict(config.text.tokenizer)
+    if options.get("kind") == "from-model":
+        raise ConfigError(
+            "text.tokenizer: from-model needs `model.from`; name a kind: " + ", ".join(names("tokenizer"))
+        )
+    if "path" in options:
+        return load_tokenizer(Path(config.data.root or ".") / str(options["path"]))
+    _, checked = component("tokenizer", options, "text.tokenizer")
+    return train_tokenizer(str(options["kind"]), checked, _training_texts(config, splits, objective))
+
+
+def _training_texts(config: RunConfig, splits: SplitSources, objective: Objective) -> Iterator[str]:
+    """Texts of the training split alone, or of `text.train_on`, field by field."""
+    source: Source = splits.splits["train"]
+    if config.text.train_on is not None:
+        data = DataConfig(
+            **{
+                **config.data.model_dump(),
+                "path": config.text.train_on,
+                **dict.fromkeys(("train", "dev", "test", "holdout", "holdout_from")),
+                "splits": {"train": 1.0},
+            }
+        )
+        source = load_splits(data, (*objective.alternatives, ("text",))).splits["train"]
+    for document in source:
+        yield from document.fields.values()
+
+
+def _batches(config: RunConfig, objective: Objective, dataset: Dataset | None) -> tuple[BatchPlan, int]:
+    assert dataset is not None
+    train = config.train
+    sequences = train.batch_sequences
+    if sequences is None and train.batch_tokens is None:
+        sequences = DEFAULT_BATCH_SEQUENCES
+    plan = BatchPlan(
+        objective.planned_tokens(dataset.field_lengths),
+        seed=config.seed,
+        batch_sequences=sequences,
+        batch_tokens=train.batch_tokens,
+    )
+    if train.max_steps is not None:
+        return plan, train.max_steps
+    return plan, max(1, math.ceil((train.max_epochs or DEFAULT_EPOCHS) * plan.steps_per_epoch - 1e-9))
+
+
+def _data_fingerprint(datasets: dict[str, Dataset], splits: SplitSources) -> str:
+    return fingerprint(
+        {"splits": splits.fingerprint, "datasets": {n: d.fingerprint for n, d in sorted(datasets.items())}}
+    )
+
+
+def _resolved(
+    config: RunConfig,
+    objective: Any,
+    schedule: Any,
+    optimizer: Any,
+    model_config: Any,
+) -> dict[str, Any]:
+    """The config as plain values with the defaults of every component in it."""
+    values = config.model_dump(mode="json")
+    values["objective"] = {"kind": config.objective["kind"], **objective.model_dump(mode="json")}
+    values["train"]["schedule"] = {"kind": config.train.schedule["kind"], **schedule.model_dump(mode="json")}
+    values["train"]["optimizer"] = {"kind": config.train.optimizer["kind"], **optimizer.model_dump(mode="json")}
+    if "from" not in config.model:
+        values["model"] = {"family": config.model["family"], **model_config.model_dump(mode="json")}
+    return values

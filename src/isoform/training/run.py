@@ -1,0 +1,287 @@
+"""One run: a training stage plus its evaluation, in a folder that explains itself.
+
+prepare -> (resume) -> loop -> choose the checkpoint -> final/ -> eval.json, predictions.jsonl -> manifest.json
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+import isoform
+from isoform import machine
+from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints.state import latest_state
+from isoform.config import RunConfig
+from isoform.errors import CheckpointError, ConfigError, DataError
+from isoform.evaluation.evaluate import Evaluation, evaluate
+from isoform.evaluation.predictions import write_predictions
+from isoform.models.accounting import accounts
+from isoform.storage import fingerprint, locked, read_json, remove_leftovers, sha256_file, write_json, write_text
+from isoform.training.logs import RunLog, forget_after, open_trackers
+from isoform.training.loop import BEST_LOSS, BEST_METRIC, Loop
+from isoform.training.prepare import Prepared, prepare
+from isoform.training.progress import Progress
+from isoform.training.step import autocast
+
+# Fields that a resume may change: they alter neither the weights nor what is measured.
+FREE = {
+    "name",
+    "track",
+    "data.root",
+    "train.checkpoint_every_steps",
+    "train.checkpoint_every_seconds",
+    "train.keep_checkpoints",
+    "train.log_every_steps",
+    "evaluate.max_predictions",
+}
+
+
+@dataclass
+class RunResult:
+    """Where a finished run is and what it measured; rows are those of eval.json."""
+
+    folder: Path
+    rows: list[dict[str, Any]]
+    manifest: dict[str, Any] = field(default_factory=dict)
+
+
+def train(
+    config: RunConfig,
+    folder: Path,
+    *,
+    resume: bool = False,
+    start: Path | None = None,
+    precision: str | None = None,
+    quiet: bool = False,
+) -> RunResult:
+    """Trains and evaluates one stage in `folder`; a finished run is returned as it is.
+
+    resume: go on from the newest complete checkpoint. start: the model folder of the stage before.
+
+    Raises: ConfigError (also: the folder holds another run), DataError, CheckpointError, LockedError, NonFiniteError,
+    Stopped.
+    """
+    accelerator = _accelerator()
+    if not accelerator.is_main_process:
+        return _train(config, folder, accelerator, resume=resume, start=start, precision=precision, quiet=True)
+    with locked(folder):
+        return _train(config, folder, accelerator, resume=resume, start=start, precision=precision, quiet=quiet)
+
+
+def _accelerator() -> Accelerator:
+    """A fresh Accelerator: a study makes many runs in one process, and Accelerate keeps its state globally."""
+    if PartialState._shared_state == {} or PartialState().num_processes == 1:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+    return Accelerator(cpu=machine.choose_device().type == "cpu")
+
+
+def _train(
+    config: RunConfig,
+    folder: Path,
+    accelerator: Accelerator,
+    *,
+    resume: bool,
+    start: Path | None,
+    precision: str | None,
+    quiet: bool,
+) -> RunResult:
+    began, started = time.monotonic(), _now()
+    run = prepare(config, start=start, precision=precision, device=accelerator.device)
+    manifest_path = folder / "manifest.json"
+    if accelerator.is_main_process:
+        remove_leftovers(folder)
+        remove_leftovers(folder / "checkpoints")
+        _refuse_foreign(run, folder, resume)
+        if manifest_path.exists() and read_json(manifest_path).get("complete"):
+            return RunResult(folder, read_json(folder / "eval.json"), read_json(manifest_path))
+        write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
+        write_json(manifest_path, _manifest(run, accelerator, started))
+    accelerator.wait_for_everyone()
+    found = latest_state(folder / "checkpoints") if resume else None
+    forget_after(folder, found.state.step if found else -1) if accelerator.is_main_process else None
+    trackers = open_trackers(config.track, folder, config.name, run.resolved) if accelerator.is_main_process else []
+    log_folder = folder if accelerator.is_main_process else folder / f".rank-{accelerator.process_index}"
+    log = RunLog(log_folder, trackers)
+    try:
+        with _progress(config, run, found.state.step if found else 0, quiet) as progress:
+            loop = Loop(run, folder, accelerator, log, lambda model, split: _score(run, model, split), progress)
+            if resume and loop.resume():
+                log.event("resumed", step=loop.state.step)
+            outcome = loop()
+        if not accelerator.is_main_process:
+            return RunResult(folder, [])
+        manifest = read_json(manifest_path)
+        manifest.update(
+            steps=outcome.state.step,
+            tokens=outcome.state.tokens,
+            unused_parameters=outcome.unused,
+            seconds={"training": outcome.seconds},
+        )
+        rows = _finish(run, folder, outcome.state.scalars, manifest)
+        manifest["seconds"]["total"] = (
+            outcome.seconds + time.monotonic() - began - (outcome.seconds if not found else 0)
+        )
+        manifest.update(
+            complete=True, finished=_now(), final_sha256=sha256_file(folder / "final" / "model.safetensors")
+        )
+        write_json(manifest_path, manifest)
+        return RunResult(folder, rows, manifest)
+    finally:
+        log.close()
+
+
+# ------------------------------------------------------------------------------------------------- before the first step
+
+
+def _refuse_foreign(run: Prepared, folder: Path, resume: bool) -> None:
+    """A folder that holds another run, or the same with other data, is never written into."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    changed = [line for line in differences(old, run.resolved) if line.split(":")[0] not in FREE]
+    if changed:
+        raise ConfigError(
+            f"{folder} holds a run with another config: {'; '.join(changed[:5])}"
+            f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}. Use another --out, or the config it was made with"
+        )
+    manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
+    stored = manifest.get("fingerprints", {})
+    for what, value in run.fingerprints.items():
+        if what in stored and stored[what] != value:
+            raise DataError(
+                f"{folder}: the {what} has changed since this run began (fingerprint {stored[what]} then, {value} now); "
+                "put the old files back, or start a new run with another --out"
+            )
+    if not resume and not manifest.get("complete") and (folder / "checkpoints").exists():
+        raise ConfigError(f"{folder} holds an unfinished run; add --resume to go on with it, or use another --out")
+
+
+def differences(old: Any, new: Any, where: str = "") -> list[str]:
+    """`field: old -> new` for every value that differs between two resolved configs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        lines = []
+        for key in [*old, *(key for key in new if key not in old)]:
+            lines += differences(old.get(key), new.get(key), f"{where}.{key}" if where else str(key))
+        return lines
+    return [] if old == new else [f"{where}: {old!r} -> {new!r}"]
+
+
+def _manifest(run: Prepared, accelerator: Accelerator, started: str) -> dict[str, Any]:
+    context = run.config.text.max_tokens
+    return {
+        "format": 1,
+        "complete": False,
+        "code": {"isoform": isoform.__version__, "sources": sources_fingerprint()},
+        "packages": machine.package_versions(),
+        "machine": machine.describe(),
+        "device": str(run.device),
+        "precision": run.precision,
+        "processes": accelerator.num_processes,
+        "fingerprints": {"config": fingerprint(run.resolved), **run.fingerprints},
+        "seed": run.config.seed,
+        "model": accounts(run.model, context),
+        "data": {
+            "splits": run.splits.report,
+            "datasets": {name: dataset.report for name, dataset in run.datasets.items()},
+        },
+        "num_steps": run.num_steps,
+        "steps_per_epoch": run.batch_plan.steps_per_epoch if run.batch_plan else None,
+        "test_scored": 0,
+        "started": started,
+    }
+
+
+def sources_fingerprint() -> str:
+    """A hash of the sources that affect numbers: everything but the command line, reports and serving."""
+    root = Path(isoform.__file__).parent
+    quiet = {"cli.py", "studies", "serving", "recipes"}
+    files = [p for p in sorted(root.rglob("*.py")) if p.relative_to(root).parts[0] not in quiet]
+    return fingerprint([[str(p.relative_to(root)), sha256_file(p)] for p in files])
+
+
+def _progress(config: RunConfig, run: Prepared, start: int, quiet: bool) -> Progress:
+    from rich.console import Console
+
+    return Progress(config.name, run.num_steps, start, Console(stderr=True, quiet=quiet))
+
+
+# -------------------------------------------------------------------------------------------------- after the last step
+
+
+def _score(run: Prepared, model: Any, split: str, *, keep_predictions: bool = False) -> Evaluation:
+    """The metrics of one split with fixed draws, in the run's precision."""
+    settings = run.config.evaluate
+    return evaluate(
+        model,
+        run.objective,
+        run.datasets[split],
+        split=split,
+        metrics=settings.metrics,
+        batch_tokens=settings.batch_tokens,
+        max_new_tokens=settings.max_new_tokens,
+        confidence=settings.confidence,
+        device=run.device,
+        autocast=lambda: autocast(run.precision, run.device),
+        keep_predictions=settings.max_predictions if keep_predictions else 0,
+    )
+
+
+def _finish(run: Prepared, folder: Path, scalars: dict[str, Any], manifest: dict[str, Any]) -> list[dict[str, Any]]:
+    """Writes final/ and what it scores; beside it every other way to choose, scored on the same splits."""
+    select = run.config.train.select
+    chosen: dict[str, int] = {"last": int(manifest["steps"])}
+    for name in (BEST_LOSS, BEST_METRIC):
+        if name in scalars:
+            chosen[name] = int(scalars[name]["step"])
+    final = "last" if select.metric == "last" else (BEST_LOSS if select.metric == "loss" else BEST_METRIC)
+    if final not in chosen:
+        raise CheckpointError(
+            f"train.select: {select.metric} on {select.split} was never a number, so no checkpoint can be chosen; "
+            "look at events.jsonl"
+        )
+    save_model(folder / "last", run.model, run.tokenizer)
+    splits = run.config.evaluate.splits or [name for name in run.datasets if name != "train"]
+    scored: dict[int, list[dict[str, Any]]] = {}
+    selections = {}
+    for name in sorted(chosen, key=lambda name: name != final):
+        step = chosen[name]
+        if step not in scored:
+            model = load_model(folder / name, device=run.device).model
+            target = folder if name == final else folder / name
+            scored[step] = _score_all(run, model, splits, target, manifest)
+        selections[name] = {"step": step, "rows": scored[step]}
+    save_model(folder / "final", load_model(folder / final).model, run.tokenizer)
+    write_json(folder / "eval.json", scored[chosen[final]])
+    write_json(folder / "selections.json", {"final": final, "selections": selections})
+    return scored[chosen[final]]
+
+
+def _score_all(
+    run: Prepared, model: Any, splits: list[str], target: Path, manifest: dict[str, Any]
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    predictions: list[dict[str, Any]] = []
+    for split in splits:
+        if split not in run.datasets:
+            raise ConfigError(f"evaluate.splits: no split {split!r}; there are {', '.join(run.datasets)}")
+        evaluation = _score(run, model, split, keep_predictions=True)
+        rows += evaluation.rows
+        predictions += evaluation.predictions
+    if "test" in splits and target.name not in {"last", BEST_LOSS, BEST_METRIC}:
+        manifest["test_scored"] = int(manifest.get("test_scored", 0)) + 1
+    write_predictions(target / "predictions.jsonl", predictions)
+    return rows
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,90 @@
+"""One optimiser update: token-true accumulation over micro-batches and ranks.
+
+    gradient = d/dw  sum over parts of weight x (total over all micro-batches and ranks) / (count over the same)
+
+The counts are known before the first backward pass, so no micro-batch is ever averaged on its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isoform.contracts import Batch, LossPart, Model, Objective
+
+
+class LossModule(nn.Module):
+    """Model and objective as one module, so that a distributed wrapper sees every use of every parameter."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model = model
+        self._objective = (objective,)  # a tuple, so that torch does not take it for a sub-module
+
+    def forward(self, batch: Batch) -> dict[str, LossPart]:
+        model: Model = self.model  # type: ignore[assignment]
+        return self._objective[0].loss(model, batch, model(batch))
+
+
+def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
+    """bf16 compute with fp32 master weights, or nothing."""
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16)
+
+
+def accumulate(
+    module: nn.Module,
+    batches: list[Batch],
+    counts: dict[str, float],
+    *,
+    precision: str,
+    device: torch.device,
+    world: int = 1,
+    no_sync: Callable[[nn.Module], AbstractContextManager[Any]] = lambda module: contextlib.nullcontext(),
+    after: Callable[[], None] = lambda: None,
+) -> dict[str, float]:
+    """Adds the gradient of one global step to the parameters; returns each part's total over this rank.
+
+    counts: each part's global count. world: the wrapper averages gradients over ranks, so sums are scaled by it.
+    after: called after each micro-batch.
+    """
+    totals: dict[str, float] = {}
+    for index, batch in enumerate(batches):
+        last = index == len(batches) - 1
+        with contextlib.nullcontext() if last else no_sync(module):
+            with autocast(precision, device):
+                parts: dict[str, LossPart] = module(batch.to(device))
+            loss: Tensor = sum(
+                (part.total * (part.weight * world / max(1.0, counts[name])) for name, part in parts.items()),
+                start=torch.zeros((), device=device),
+            )
+            loss.backward()  # type: ignore[no-untyped-call]
+        for name, part in parts.items():
+            totals[name] = totals.get(name, 0.0) + float(part.total.detach())
+        after()
+    return totals
+
+
+def weighted_loss(totals: dict[str, float], counts: dict[str, float], weights: dict[str, float]) -> float:
+    """The step's loss from the reduced totals and counts."""
+    return sum(weights.get(name, 1.0) * total / max(1.0, counts[name]) for name, total in totals.items())
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
+    """Sets every group's rate to its peak times `factor`; returns the first group's."""
+    rates = []
+    for group in parameter_groups(optimizers):
+        group["lr"] = group["peak_rate"] * factor
+        rates.append(group["lr"])
+    return float(rates[0])
+
+
+def parameter_groups(optimizers: list[torch.optim.Optimizer]) -> Iterator[dict[str, Any]]:
+    for optimizer in optimizers:
+        yield from optimizer.param_groups
