@@ -145,7 +145,7 @@ class DocumentSource:
         column = self._column(field)
         there = ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in columns) or "none"
         hint = f"name it with `data.{field}`" if field in KNOWN_FIELDS else "rename one"
-        if getattr(table, "path", None) is not None and format_of(table.path) in {".csv", ".tsv"}:  # type: ignore[attr-defined]
+        if isinstance(table, FileTable) and format_of(table.path) in (".csv", ".tsv"):
             names = ", ".join(self._column(name) for name in (self._required[0] if self._required else needed[0]))
             hint += f"; if the first row is no header, set `data.columns: [{names}]`"
         return f"{table.name}: no column {column!r}{nearest(column, columns)}; the columns are {there}; {hint}"
