@@ -193,8 +193,10 @@ def staged_file(final: Path) -> Iterator[IO[str]]:
                 yield file
             sync_file(staged)
             rename(staged, final)
-        finally:
+        except BaseException:
             remove(staged)
+            raise
+        sync_folder(final.parent)
 
 
 def remove_folder(path: Path) -> None:

@@ -10,7 +10,8 @@ manifest.json            size and SHA-256 of each file, written last
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from isoform import registry, storage
 from isoform.checkpoints import manifest, tensors
 from isoform.checkpoints.tensors import read_object
 from isoform.contracts import Tokenizer
-from isoform.errors import CheckpointError
+from isoform.errors import CheckpointError, IsoformError
 from isoform.text import tokenizers
 
 NATIVE_PREFIX = "isoform-"
@@ -147,8 +148,8 @@ def load_model(
     _refuse_pickle(folder)
     family, config, extra = _identify(folder, hf_config)
     cls = registry.lookup("model", family)
-    weights = _own_names(cls, hf_config, tensors.read_model(folder))
-    model = cls(config)
+    weights = read_weights(folder)
+    model = cls(config, seed=None)
     load_weights(model, weights, str(folder))
     wanted = dtype or next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
     for parameter in model.parameters():
@@ -162,15 +163,14 @@ def load_model(
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
-    """The tensors of a folder that `save_model` or `save_state` wrote, under the model's own names."""
+    """The tensors of a model folder under the model's own names. Raises: CheckpointError."""
     hf_config = read_object(folder / "config.json")
     family, _, _ = _identify(folder, hf_config)
-    return _own_names(registry.lookup("model", family), hf_config, tensors.read_model(folder))
-
-
-def _own_names(cls: type[Any], hf_config: dict[str, Any], weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    native = str(hf_config.get("model_type")).startswith(NATIVE_PREFIX)
-    return weights if native else dict(cls.state_from_hf(hf_config, weights))
+    weights = tensors.read_model(folder)
+    if str(hf_config.get("model_type")).startswith(NATIVE_PREFIX):
+        return weights
+    with _about(folder):
+        return dict(registry.lookup("model", family).state_from_hf(hf_config, weights))
 
 
 def load_weights(model: Any, weights: Mapping[str, Tensor], where: str) -> None:
@@ -221,8 +221,9 @@ def _identify(folder: Path, hf_config: dict[str, Any]) -> tuple[str, Any, dict[s
     if (folder / "isoform.json").is_file():
         about = read_object(folder / "isoform.json")
         family = str(about.get("family"))
-        cls = registry.lookup("model", family, f"{folder / 'isoform.json'}: family")
-        config = registry.build_options(cls, about.get("config") or {}, f"{folder / 'isoform.json'}: config")
+        with _about(folder / "isoform.json"):
+            cls = registry.lookup("model", family, "family")
+            config = registry.build_options(cls, about.get("config") or {}, "config")
         return family, config, about.get("extra") or {}
     model_type = hf_config.get("model_type")
     if str(model_type).startswith(NATIVE_PREFIX):
@@ -230,7 +231,8 @@ def _identify(folder: Path, hf_config: dict[str, Any]) -> tuple[str, Any, dict[s
     families = {name: registry.lookup("model", name) for name in registry.names("model")}
     for name, cls in families.items():
         if model_type in cls.hf_model_types:
-            return name, cls.from_hf(hf_config), {}
+            with _about(folder):
+                return name, cls.from_hf(hf_config), {}
     known = sorted({str(item) for cls in families.values() for item in cls.hf_model_types})
     raise CheckpointError(
         f"{folder / 'config.json'}: model_type {model_type!r:.60} is not known"
@@ -242,7 +244,8 @@ def _load_tokenizer(folder: Path, config: Any) -> tuple[Tokenizer | None, str | 
     """The folder's tokenizer, or why there is none. Raises: CheckpointError where it has ids that the model has not."""
     if not (folder / "tokenizer.json").is_file():
         return None, f"{folder}: there is no tokenizer.json"
-    tokenizer: Tokenizer = tokenizers.load(folder)
+    with _about(folder):
+        tokenizer: Tokenizer = tokenizers.load(folder)
     highest = max([tokenizer.vocab_size - 1, *tokenizer.special_ids.values()])
     if highest >= config.vocab_size:
         raise CheckpointError(
@@ -250,6 +253,16 @@ def _load_tokenizer(folder: Path, config: Any) -> tuple[Tokenizer | None, str | 
             "tokenizer and model do not belong together"
         )
     return tokenizer, None
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a part of a folder is wrong with the folder: the error names it and its exit code is 4."""
+    try:
+        yield
+    except IsoformError as error:
+        message = str(error)
+        raise CheckpointError(message if str(path) in message else f"{path}: {message}") from None
 
 
 def _refuse_code(folder: Path, hf_config: dict[str, Any]) -> None:

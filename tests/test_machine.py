@@ -1,0 +1,105 @@
+"""What the machine says of itself, and that it measures only once."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from isoform import machine
+from isoform.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "isoform" / "machine.json"
+
+
+def test_the_description_is_json_and_agrees_with_psutil() -> None:
+    facts = machine.describe()
+    assert json.loads(json.dumps(facts)) == facts
+    assert facts["torch"] == torch.__version__
+    assert 0 < facts["memory_bytes"] <= psutil.virtual_memory().total
+    assert 1 <= facts["cores"] <= psutil.cpu_count()
+    assert facts["cpu"]
+
+
+def test_threads_are_those_asked_for_else_one_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert machine.threads() == 3
+    for unset in ("", "0", "many"):
+        monkeypatch.setenv("OMP_NUM_THREADS", unset)
+        assert machine.threads() == machine.cores()
+
+
+def test_a_container_s_quota_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"cpu.max": "100000 100000", "memory.max": "1000000\n"}
+    monkeypatch.setattr(machine, "_read", lambda path: limits.get(path.name, ""))
+    assert machine.cores() == 1
+    assert machine.memory_bytes() == 1_000_000
+    limits.update({"cpu.max": "max 100000", "memory.max": "max\n"})
+    assert machine.cores() >= 1
+    assert machine.memory_bytes() > 1_000_000
+
+
+def test_packages_have_a_version_or_none() -> None:
+    versions = machine.package_versions()
+    assert versions["torch"] == torch.__version__
+    assert versions["isoform"]
+
+
+def test_bf16_is_measured_once_for_a_processor_and_torch(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = []
+
+    def speedup(value: float) -> None:
+        monkeypatch.setattr(machine, "bf16_speedup", lambda: measured.append(value) or value)
+
+    speedup(5.0)
+    assert machine.fast_bf16() and machine.fast_bf16()
+    assert measured == [5.0]
+    speedup(1.1)
+    monkeypatch.setattr(machine, "cpu_model", lambda: "another processor")
+    assert not machine.fast_bf16()
+    assert len(json.loads(own_cache.read_text())) == 2
+    own_cache.write_text("not JSON")
+    assert not machine.fast_bf16()
+    assert measured == [5.0, 1.1, 1.1]
+
+
+def test_the_measurement_is_a_plausible_ratio_and_leaves_the_threads_alone() -> None:
+    threads = torch.get_num_threads()
+    assert 0.001 < machine.bf16_speedup() < 1000
+    assert torch.get_num_threads() == threads
+
+
+def test_precision_is_what_was_asked_or_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "fast_bf16", lambda: True)
+    assert machine.choose_precision("fp32", "cpu") == "fp32"
+    assert machine.choose_precision("bf16", "mps") == "bf16"
+    assert machine.choose_precision("auto", torch.device("cpu")) == "bf16"
+    assert machine.choose_precision("auto", "mps") == "fp32"
+    monkeypatch.setattr(machine, "fast_bf16", lambda: False)
+    assert machine.choose_precision("auto", "cpu") == "fp32"
+    for supported, expected in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=supported: answer)
+        assert machine.choose_precision("auto", "cuda:0") == expected
+    with pytest.raises(ConfigError, match=r"train.precision: 'half' given; auto, fp32 or bf16 is expected"):
+        machine.choose_precision("half", "cpu")
+
+
+def test_the_device_is_the_fastest_kind_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for cuda, mps, expected in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda answer=cuda: answer)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda answer=mps: answer)
+        assert machine.choose_device().type == expected
+
+
+def test_importing_it_does_not_load_torch() -> None:
+    code = "import sys, isoform.machine, isoform.storage; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
