@@ -72,6 +72,8 @@ def read_answers(records: Records) -> Answers | None:
     metric, split = str(compare.get("metric") or ""), compare.get("split")
     chosen = _chosen_arms(results)
     by_arm = {name: kept for name, runs in chosen.items() if (kept := _read_runs(records, runs, split))}
+    if split is None:
+        split = _keep_last_split(by_arm)
     if not by_arm:
         return None
     first_seed = {name: seeds[0][1] for name, seeds in by_arm.items()}
@@ -84,9 +86,7 @@ def read_answers(records: Records) -> Answers | None:
     return Answers(
         arms=list(by_arm),
         seed=next(iter(by_arm.values()))[0][0],
-        split=str(
-            split or ", ".join(sorted({str(rows[shared[0]].get("split") or "") for rows in first_seed.values()}))
-        ),
+        split=str(split or ""),
         num_examples=len(shared),
         num_disagreements=num_disagreements,
         num_hidden_arms=len(results.get("arms") or ()) - len(by_arm),
@@ -107,6 +107,16 @@ def _chosen_arms(results: Results) -> dict[str, list[Mapping[str, Any]]]:
 def _read_runs(records: Records, runs: Sequence[Mapping[str, Any]], split: str | None) -> list[tuple[Any, Predictions]]:
     kept = [(run.get("seed"), records.prediction_rows(str(run["final"]), split)) for run in runs if run.get("final")]
     return [(seed, rows) for seed, rows in kept if rows]
+
+
+def _keep_last_split(by_arm: Mapping[str, list[tuple[Any, Predictions]]]) -> Any:
+    """Where no split is compared, the one that was scored last, alone."""
+    every = [rows for seeds in by_arm.values() for _, rows in seeds]
+    last = next((row.get("split") for rows in every for row in reversed(rows.values())), None)
+    for rows in every:
+        for key in [key for key, row in rows.items() if row.get("split") != last]:
+            del rows[key]
+    return last
 
 
 def is_right(row: Mapping[str, Any], metric: str) -> bool | None:

@@ -170,7 +170,7 @@ def _row_scale(domain: tuple[float, float]) -> Scale:
 # ------------------------------------------------------------------------------------------------------------- curves
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 40
+LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 40
 
 
 def curves(
@@ -189,7 +189,7 @@ def curves(
     every_y = np.concatenate([side for line in drawn for side in (line.y, line.low, line.high) if side is not None])
     log_y = log_y and every_y.min() > 0
     low, high = _log_span(every_y) if log_y else span((float(every_y.min()), float(every_y.max())))
-    if not log_y and 0 <= every_y.min() < 0.4 * every_y.max():
+    if not log_y and every_y.min() >= 0 and (low < 0 or every_y.min() < 0.4 * every_y.max()):
         low = 0.0
     x_high = max(float(line.x.max()) for line in drawn)
     x = Scale(min(0.0, *(float(line.x.min()) for line in drawn)), x_high or 1.0, LEFT, WIDTH - RIGHT)

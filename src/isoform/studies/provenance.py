@@ -8,7 +8,7 @@ from typing import Any
 from isoform.studies import wording
 from isoform.studies.records import Records, Results
 from isoform.studies.tables import total_of
-from isoform.studies.wording import LEVELS, MISSING, clean, plain_text, shorten
+from isoform.studies.wording import LEVELS, MISSING, clean, is_number, plain_text, shorten
 
 MAX_CONFIG_CHARACTERS = 20_000
 Row = dict[str, Any]
@@ -60,16 +60,46 @@ def config(records: Records) -> list[Row]:
     return [{"stage": name, "text": shorten(text, MAX_CONFIG_CHARACTERS)} for name, text in found if text]
 
 
-def passport(data: Mapping[str, Any]) -> Row | None:
-    """Split sizes as a table, overlaps and anything else as lines."""
-    splits = {name: value for name, value in data.items() if isinstance(value, dict) and name != "overlap"}
-    columns = list(dict.fromkeys(key for value in splits.values() for key in value))
+def passport(data: Mapping[str, Any]) -> list[Row]:
+    """What each stage was trained and scored on: sizes by split, overlaps in words.
+
+    A stage's data is {"datasets": {split: counts}, "splits": {overlap, policy, ...}}; a lone run has no stage's name.
+    """
+    if "datasets" in data:
+        return [_passport_part("", data)]
+    if data and all(isinstance(part, dict) and "datasets" in part for part in data.values()):
+        return [_passport_part(str(stage), part) for stage, part in data.items()]
+    sizes = {name: value for name, value in data.items() if isinstance(value, dict) and name != "overlap"}
+    others = {name: value for name, value in data.items() if name not in sizes}
+    return [_passport_part("", {"datasets": sizes, "splits": others})] if data else []
+
+
+def _passport_part(stage: str, part: Mapping[str, Any]) -> Row:
+    sizes = {name: counts for name, counts in (part.get("datasets") or {}).items() if isinstance(counts, dict)}
+    every = list(dict.fromkeys(key for counts in sizes.values() for key in counts))
+    columns = [key for key in every if any(counts.get(key) for counts in sizes.values())]
     rows = [
-        {"name": name, "cells": [_brief(value.get(key, MISSING)) for key in columns]} for name, value in splits.items()
+        {"name": name, "cells": [_cell(counts.get(key, MISSING)) for key in columns]} for name, counts in sizes.items()
     ]
-    others = {name: value for name, value in data.items() if name not in splits}
-    lines = [(_words(key), _brief(value)) for key, value in _flat(others)]
-    return {"columns": [_words(key) for key in columns], "rows": rows, "lines": lines} if rows or lines else None
+    lines = [("zero in every split", ", ".join(_words(key) for key in every if key not in columns))]
+    splits = part.get("splits") or {}
+    overlaps = splits.get("overlap") or ()
+    if isinstance(overlaps, list | tuple):
+        lines += [_overlap(row) for row in overlaps if isinstance(row, dict)]
+    else:
+        lines += [(f"overlap, {_words(key)}", _brief(value)) for key, value in _flat(overlaps)]
+    told = {"overlap", "documents", "fingerprints"}
+    lines += [(_words(key), _brief(value)) for key, value in splits.items() if key not in told]
+    lines = [(name, value) for name, value in lines if value]
+    return {"stage": stage, "columns": [_words(key) for key in columns], "rows": rows, "lines": lines}
+
+
+def _overlap(row: Mapping[str, Any]) -> tuple[str, str]:
+    """How many documents two splits share, with the first of them."""
+    counts = f"{plain_text(row.get('exact') or 0)} exact, {plain_text(row.get('near') or 0)} near"
+    example: Mapping[str, Any] = next(iter(row.get("examples") or ()), {})
+    shown = f", such as “{shorten(clean(example.get('text')), 80)}”" if example.get("text") else ""
+    return f"overlap of {' and '.join(map(str, row.get('splits') or ()))}", f"{counts}{shown}"
 
 
 def cost(results: Results) -> list[tuple[str, str]]:
@@ -79,17 +109,18 @@ def cost(results: Results) -> list[tuple[str, str]]:
         for run in arm.get("runs") or ()
         for stage in run.get("stages") or ()
     }
+    seconds = total_of(stage.get("seconds") for stage in stages.values())
     rows = [
         ("whole time", wording.duration_text(results.get("seconds"))),
-        ("training alone", wording.duration_text(total_of(stage.get("seconds") for stage in stages.values()))),
+        ("all stages together", wording.duration_text(seconds) if len(stages) > 1 else MISSING),
         ("tokens trained on", wording.count_text(total_of(stage.get("tokens") for stage in stages.values()))),
         ("stages trained", str(len(stages)) if len(stages) > 1 else MISSING),
         ("precision", plain_text(results["precision"]) if results.get("precision") else MISSING),
     ]
-    rows += [
-        (f"machine: {_words(key)}" if key else "machine", _brief(value))
-        for key, value in _flat(results.get("machine") or {})
-    ]
+    machine = results.get("machine") or {}
+    if not isinstance(machine, dict):
+        machine = {"": machine}
+    rows += [_part(key, value) for key, value in _flat(machine)]
     return [(name, value) for name, value in rows if value not in (MISSING, "")]
 
 
@@ -103,7 +134,9 @@ def again(results: Results) -> Row:
         ("finished", clean(results.get("finished"))),
         (
             "packages",
-            ", ".join(f"{name} {version}" for name, version in packages.items()) if isinstance(packages, dict) else "",
+            ", ".join(f"{name} {version}" for name, version in packages.items() if version)
+            if isinstance(packages, dict)
+            else "",
         ),
     ]
     return {"command": results.get("command"), "rows": [(name, value) for name, value in rows if value]}
@@ -111,6 +144,19 @@ def again(results: Results) -> Row:
 
 def _words(key: Any) -> str:
     return str(key).replace("_", " ")
+
+
+def _part(key: str, value: Any) -> tuple[str, str]:
+    """One fact about the machine; lists, such as a processor's flags, are for the manifest."""
+    if key == "memory_bytes" and is_number(value):
+        return "machine: memory", f"{value / 1e9:.1f} GB"
+    return f"machine: {_words(key)}" if key else "machine", "" if value is None or isinstance(value, list) else _brief(
+        value
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _brief(value)
 
 
 def _brief(value: Any) -> str:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isoform.errors import DataError
+from isoform.config import parse_yaml
+from isoform.errors import ConfigError, DataError
 from isoform.storage import finite, iterate_jsonl, read_json
 from isoform.studies.wording import is_number
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     Column = npt.NDArray[np.float64]
 
 Results = dict[str, Any]
-_CARRIED = ("audit", "data", "command", "code", "machine", "precision", "started", "finished")
+_CARRIED = ("audit", "data", "command", "machine", "precision", "started", "finished")
 
 
 class Records:
@@ -97,7 +98,7 @@ class Records:
         seconds = seconds.get("total") if isinstance(seconds, dict) else seconds
         last = {f"final_{key}" if key == "loss" else key: _last(columns, key) for key in ("step", "tokens", "loss")}
         stage = {"name": "training", "folder": ".", "seconds": seconds, "steps": last.pop("step"), **last}
-        name = str(manifest.get("name") or self.folder.resolve().name)
+        name = self._name() or self.folder.resolve().name
         arm = {
             "name": name,
             "stages": ["training"],
@@ -106,9 +107,20 @@ class Records:
             "summary": [{**row, "mean": row.get("value"), "values": [row.get("value")]} for row in rows],
         }
         results = {key: manifest[key] for key in _CARRIED if key in manifest}
+        code = manifest.get("code") or {}
+        results["code"] = {"version": code.get("isoform"), "packages": manifest.get("packages")}
         if (self.folder / "config.yaml").is_file():
             results.setdefault("command", "isoform train config.yaml")
         return {"name": name, "arms": [arm], "seconds": seconds, **results}
+
+    def _name(self) -> str | None:
+        """The run's name as its config has it."""
+        try:
+            config = parse_yaml(self.config_text(".") or "", "config.yaml")
+        except ConfigError as error:
+            self.damage.append(str(error))
+            return None
+        return str(config["name"]) if isinstance(config, dict) and config.get("name") else None
 
     def _json(self, name: str) -> Any:
         """The file's value, non-finite numbers as None; None where there is no readable file."""
