@@ -15,7 +15,7 @@ from isoform.studies import provenance, tables, wording
 from isoform.studies.records import Records, Results
 from isoform.studies.wording import VERDICTS, clean, verdict_sentence, verdict_words
 
-__all__ = ["print_run", "print_study", "verdict_sentence"]
+__all__ = ["print_line", "print_run", "print_study", "print_table", "verdict_sentence"]
 
 _STYLES = {
     "better": "green",
@@ -33,26 +33,26 @@ _ASCII = str.maketrans(
 
 def print_study(results: Results, console: Console) -> None:
     """The question, every verdict in words, the table of arms, what the audit holds against it."""
-    _line(console, "", str(results.get("name") or "study"), "bold")
+    print_line(console, "", str(results.get("name") or "study"), "bold")
     if results.get("question"):
-        _line(console, "", str(results["question"]))
+        print_line(console, "", str(results["question"]))
     audit = provenance.audit(results)
     for row in audit:
         if row["level"] == "refuse":
             about = f" ({row['pair']})" if row["pair"] else ""
             refusal = f"The audit refuses{about}: {row['message'] or row['check']}"
-            _line(console, row["sign"], refusal, _STYLES["refuse"])
+            print_line(console, row["sign"], refusal, _STYLES["refuse"])
     for question in results.get("questions") or ():
         words = verdict_words(question, results)
-        _line(console, VERDICTS[words.kind][0], words.sentence, _STYLES[words.kind], words.claim)
+        print_line(console, VERDICTS[words.kind][0], words.sentence, _STYLES[words.kind], words.claim)
     _print_arms(results, console)
     for row in audit:
         if row["level"] == "warn":
-            _line(console, row["sign"], f"{row['check']}: {row['message']}", _STYLES["warn"], str(row["check"]))
+            print_line(console, row["sign"], f"{row['check']}: {row['message']}", _STYLES["warn"], str(row["check"]))
     passed = sum(row["level"] in {"pass", "inform"} for row in audit)
     if passed:
         checks = wording.plural(len(audit), "check")
-        _line(console, "", f"{passed} of {checks} of the audit found nothing against it.", "dim")
+        print_line(console, "", f"{passed} of {checks} of the audit found nothing against it.", "dim")
 
 
 def print_run(folder: Path, console: Console) -> None:
@@ -64,12 +64,12 @@ def print_run(folder: Path, console: Console) -> None:
         return
     arm = results["arms"][0]
     stage = arm["runs"][0]["stages"][0]
-    _line(console, "", str(results["name"]), "bold")
+    print_line(console, "", str(results["name"]), "bold")
     metrics = tables.metrics(results)
     if metrics is not None:
         heads = ["metric", "split", "value", "interval", "n"]
         rows = [[row["name"], str(row["split"] or ""), *(row[head] for head in heads[2:])] for row in metrics["rows"]]
-        _print_table(console, heads, rows, num_text_columns=2)
+        print_table(console, heads, rows, num_text_columns=2)
     facts = {
         "steps": wording.count_text(stage["steps"]),
         "tokens": wording.count_text(stage["tokens"]),
@@ -78,10 +78,10 @@ def print_run(folder: Path, console: Console) -> None:
     }
     told = [f"{name}: {value}" for name, value in facts.items() if value != wording.MISSING]
     if told:
-        _line(console, "", ", ".join(told), "dim")
+        print_line(console, "", ", ".join(told), "dim")
     for row in provenance.audit(results):
         if row["level"] in {"refuse", "warn"}:
-            _line(console, row["sign"], f"{row['check']}: {row['message']}", _STYLES[row["level"]])
+            print_line(console, row["sign"], f"{row['check']}: {row['message']}", _STYLES[row["level"]])
 
 
 def _print_arms(results: Results, console: Console) -> None:
@@ -92,13 +92,13 @@ def _print_arms(results: Results, console: Console) -> None:
     heads = ["arm", f"{shown['title']}{unit}", f"{shown['confidence']} interval", "parameters", "tokens", "time"]
     columns = ("mean", "interval", "parameters", "tokens", "time")
     rows = [[str(row["name"]), *(row[column] for column in columns)] for row in shown["rows"]]
-    _print_table(console, heads, rows, num_text_columns=1)
+    print_table(console, heads, rows, num_text_columns=1)
     for row in shown["rows"]:
         if row["diverged"]:
-            _line(console, "!", f"{row['name']}: {row['diverged']}", _STYLES["warn"])
+            print_line(console, "!", f"{row['name']}: {row['diverged']}", _STYLES["warn"])
 
 
-def _line(console: Console, sign: str, text: str, style: str = "", strong: str = "") -> None:
+def print_line(console: Console, sign: str, text: str, style: str = "", strong: str = "") -> None:
     """A paragraph behind its sign; only `strong` is styled where it is given. A pipe gets one line."""
     lead = f"{sign} " if sign else ""
     words = Text(_shown(lead + clean(text), console), style="" if strong else style)
@@ -108,7 +108,7 @@ def _line(console: Console, sign: str, text: str, style: str = "", strong: str =
     console.print(words, soft_wrap=not console.is_terminal, highlight=False)
 
 
-def _print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int) -> None:
+def print_table(console: Console, heads: Sequence[str], rows: Sequence[Sequence[str]], num_text_columns: int) -> None:
     """Columns of numbers to the right; on a screen by rich, in a pipe as aligned plain lines."""
     cells = [[_shown(clean(cell), console) for cell in row] for row in [heads, *rows]]
     if not console.is_terminal:
