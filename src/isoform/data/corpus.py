@@ -386,7 +386,7 @@ def _fill(
     unknown = tokenizer.special_ids.get("unk", -1)
     for document in source:
         encoded = objective.encode(document)
-        num_tokens = sum(len(ids) for ids in encoded.fields.values())
+        num_tokens = sum(map(len, encoded.token_fields))
         report["documents"] += 1
         report["longest_tokens"] = max(report["longest_tokens"], num_tokens)
         if num_tokens == 0:
@@ -396,7 +396,7 @@ def _fill(
         writer.add(document, encoded, ranges, num_bytes)
         report["tokens"] += num_tokens
         report["bytes"] += int(num_bytes.sum())
-        report["unknown_tokens"] += sum(int(np.count_nonzero(ids == unknown)) for ids in encoded.fields.values())
+        report["unknown_tokens"] += sum(int(np.count_nonzero(ids == unknown)) for ids in encoded.token_fields)
         report["documents_cut"] += len(ranges) > 1
         report["documents_truncated"] += dropped > 0
         report["tokens_dropped"] += dropped

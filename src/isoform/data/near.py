@@ -20,6 +20,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 
@@ -32,8 +33,9 @@ MIN_SHARED = 4
 FORMULA_DOCUMENTS = 20
 BLOCK_CHARACTERS = 2_000_000
 MAX_WORDS_REMEMBERED = 500_000
-# A word is letters and digits; scripts that do not part words are taken character by character.
-WORD = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+# Scripts that do not part words are taken character by character.
+UNPARTED = re.compile(r"([\u3040-\u30ff\u3400-\u9fff])")
+PUNCTUATION = re.compile(r"[\W_]+")
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,8 @@ class _WordHashes(dict[str, int]):
     def __missing__(self, word: str) -> int:
         if len(self) > MAX_WORDS_REMEMBERED:
             self.clear()
-        value = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        plain = PUNCTUATION.sub("", word)
+        value = int.from_bytes(hashlib.blake2b(plain.encode(), digest_size=8).digest(), "little")
         self[word] = value
         return value
 
@@ -83,19 +86,24 @@ def _mixed(values: Hashes) -> Hashes:
     return values ^ (values >> np.uint64(31))
 
 
+def _parted(text: str) -> list[str]:
+    return (text if text.isascii() else UNPARTED.sub(r" \1 ", text)).split()
+
+
 def sketch_block(texts: list[str]) -> Sketches:
     """Sketches of some texts at once."""
-    words = [WORD.findall(text.lower()) for text in texts]
+    words = [_parted(text.lower()) for text in texts]
     counts = np.array([len(some) for some in words], dtype=np.int64)
-    flat = (word for some in words for word in some)
-    hashed = np.fromiter(map(_words.__getitem__, flat), dtype=np.uint64, count=int(counts.sum()))
+    known = map(_words.__getitem__, chain.from_iterable(words))
+    hashed = np.fromiter(known, dtype=np.uint64, count=int(counts.sum()))
     owners = np.repeat(np.arange(len(texts)), counts)
     shingles, at = np.zeros(0, dtype=np.uint64), np.zeros(0, dtype=np.int64)
     if len(hashed) >= SHINGLE_WORDS:
         within = owners[:-2] == owners[2:]
         shingles = _mixed(_mixed(_mixed(hashed[:-2]) + hashed[1:-1]) + hashed[2:])[within]
         at = owners[:-2][within]
-    order = np.lexsort((shingles, at))
+    order = np.argsort(shingles)
+    order = order[np.argsort(at[order].astype(np.uint32), kind="stable")]
     shingles, at = shingles[order], at[order]
     fresh = np.ones(len(at), dtype=bool)
     fresh[1:] = (shingles[1:] != shingles[:-1]) | (at[1:] != at[:-1])

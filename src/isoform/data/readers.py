@@ -176,7 +176,7 @@ def read_jsonl(path: Path, layout: Layout) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip("\n"))
         except (ValueError, RecursionError) as error:
             reason = getattr(error, "msg", "nested too deeply")
             place = f"{path}:{number}:{getattr(error, 'colno', 1)}"

@@ -253,8 +253,9 @@ def _with_holdout(splits: dict[str, Splittable], data: DataConfig) -> dict[str, 
         return tables is None or document.meta["source"] in tables
 
     def held_out(hashes: Hashes, block: list[Document]) -> Booleans:
-        chosen: Booleans = np.equal(assignment.of(hashes, NONE), 0)
-        return chosen & np.array([among(document) for document in block], dtype=bool)
+        candidates = np.array([among(document) for document in block], dtype=bool)
+        chosen: Booleans = (assignment.of(hashes, NONE) == 0) & candidates
+        return chosen
 
     def left_over(hashes: Hashes, block: list[Document]) -> Booleans:
         return np.not_equal(assignment.of(hashes, NONE), 0)

@@ -34,7 +34,7 @@ class Windower:
         Raises: DataError where the document is too long and the policy is `refuse`.
         """
         ids = encoded.fields.get("text")
-        num_tokens = sum(len(some) for some in encoded.fields.values())
+        num_tokens = sum(map(len, encoded.token_fields))
         if not self._windowed or ids is None:
             over = num_tokens - self._max_tokens
             if over > 0 and self._policy == "refuse":
