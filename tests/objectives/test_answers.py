@@ -10,7 +10,7 @@ from isoform.contracts import Document
 from isoform.errors import ConfigError, DataError
 from isoform.objectives.answers import Answers
 
-word = st.text(st.characters(min_codepoint=33, max_codepoint=0x24F), min_size=1, max_size=12)
+word = st.text(st.characters(min_codepoint=33, max_codepoint=0x24F), min_size=1, max_size=12).filter(str.strip)
 MASK = 2
 
 
@@ -66,8 +66,6 @@ def test_refusals_name_the_row(letters) -> None:
         build(letters).encode(document(question="x", answer=""))
     with pytest.raises(DataError, match=r"qa\.tsv:12.*answer has 16 tokens, at most 15"):
         build(letters, 16).encode(document(question="x", answer="y" * 16))
-    with pytest.raises(DataError, match=r"qa\.tsv:12.*10 and 8 tokens"):
-        build(letters, 16, long_questions="refuse").encode(document(question="x" * 10, answer="y" * 8))
     with pytest.raises(ConfigError, match=r"objective\.separator.*no special token 'sep'"):
         objective = build(letters, separator="sep")
         objective.prepare(objective.encode(document(question="x", answer="y")), np.random.default_rng(0))

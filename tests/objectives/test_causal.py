@@ -12,7 +12,7 @@ from isoform.errors import ConfigError, DataError
 from isoform.objectives.causal import Causal
 from isoform.registry import names
 
-text = st.text(st.characters(min_codepoint=33, max_codepoint=500), min_size=1, max_size=30)
+text = st.text(st.characters(min_codepoint=33, max_codepoint=500), min_size=1, max_size=30).filter(str.strip)
 
 
 def build(tokenizer, max_tokens=16, **options) -> Causal:
@@ -24,7 +24,7 @@ def document(**fields) -> Document:
 
 
 def test_it_is_registered() -> None:
-    assert {"causal", "answers", "span-corruption", "mixture"} <= set(names("objective"))
+    assert {"answers", "causal", "cloze", "mixture", "span-corruption"} <= set(names("objective"))
 
 
 @given(text=text, bos=st.booleans(), eos=st.booleans())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from isoform import chance
 from isoform.contracts import IGNORE, Document
 from isoform.errors import ConfigError, DataError
+from isoform.objectives.salient import name_end
 from isoform.objectives.spans import SpanCorruption
 
 MASK = 2
@@ -48,9 +49,10 @@ def test_the_thirds_reassemble_a_view(letters, text, view, spans, max_tokens, se
     prefix, suffix, masked = (letters.decode(ids) for ids in thirds(sample))
     assert len(masked) >= 1
     assert len(sample.tokens) == len(sample.targets) == len(prefix + masked + suffix) + 2
-    assert len(sample.tokens) <= objective.planned_tokens({"text": np.array([len(text)])})[0] <= max_tokens
+    assert len(sample.tokens) <= objective.planned_tokens({k: np.array([len(v)]) for k, v in encoded.fields.items()})[0]
+    assert len(sample.tokens) <= max_tokens
     assert (sample.targets[:-1] == sample.tokens[1:]).all()
-    name = text[: text.find(". ") + 2] if ". " in text else ""
+    name = text[: name_end(text)]
     if view == "named" and (prefix + masked + suffix) not in text:
         assert prefix.startswith(name) and (prefix[len(name) :] + masked + suffix) in text[len(name) :]
     else:
@@ -63,8 +65,7 @@ def test_the_thirds_reassemble_a_view(letters, text, view, spans, max_tokens, se
 
 def test_the_published_rule_keeps_its_bounds_and_its_mean(letters) -> None:
     objective = build(letters)
-    encoded = objective.encode(document("x" * 140))
-    draws = [objective.draw(encoded, chance.generator("draw", i)) for i in range(4000)]
+    draws = [objective.draw(140, [0], chance.generator("draw", i)) for i in range(4000)]
     lengths = np.array([draw.end for draw in draws])
     masked = np.array([draw.stop - draw.start for draw in draws])
     assert lengths.min() == 4 and lengths.max() == 96
@@ -77,11 +78,10 @@ def test_the_published_rule_keeps_its_bounds_and_its_mean(letters) -> None:
 
 def test_the_window_view_sees_every_character(letters) -> None:
     objective = build(letters, view="window")
-    encoded = objective.encode(document("x" * 200))
     seen = np.zeros(200)
     masked = np.zeros(200)
     for i in range(1500):
-        draw = objective.draw(encoded, chance.generator("draw", i))
+        draw = objective.draw(200, [0], chance.generator("draw", i))
         seen[draw.first : draw.end] = masked[draw.start : draw.stop] = 1
     assert seen.all() and masked.mean() > 0.97
 
@@ -118,7 +118,7 @@ def test_salient_spans_in_tokens_of_several_characters(chunks) -> None:
     encoded = objective.encode(document(LINE))
     assert chunks.decode(encoded.fields["text"].tolist()) == LINE
     masked = {chunks.decode(thirds(objective.prepare(encoded, chance.generator(i)))[2]) for i in range(200)}
-    assert masked == {" St. Pancras", " 24", " Charles Babbage", " Ada", " Trinity College", " 1843"}
+    assert masked == {"St. Pancras", "24", "Charles Babbage", "Ada", "Trinity College", "1843"}
 
 
 def test_bare_views_are_the_name_and_the_span(letters) -> None:
@@ -126,7 +126,7 @@ def test_bare_views_are_the_name_and_the_span(letters) -> None:
     always = build(letters, view="named", spans="salient", bare_fraction=1.0)
     for i in range(50):
         prefix, suffix, _ = (letters.decode(ids) for ids in thirds(always.prepare(encoded, chance.generator(i))))
-        assert (prefix, suffix) == ("Ada B. Lovelace. "[:7], "") or (prefix, suffix) == ("Ada B. ", "")
+        assert (prefix, suffix) == ("Ada B. Lovelace. ", "")
 
 
 def test_loss_on_the_masked_span_alone_or_on_some_of_the_rest(letters) -> None:

@@ -16,13 +16,11 @@ import numpy as np
 from pydantic import Field
 
 from isoform import chance
-from isoform.contracts import Batch, Cache, Model, Prompt, Sequences
+from isoform.contracts import Batch, Cache, Floats, Model, Prompt, Sequences
 from isoform.registry import Options
 
 if TYPE_CHECKING:
     import torch
-
-    from isoform.contracts import Floats
 
 # torch is imported where it is used: see the room's docstring.
 

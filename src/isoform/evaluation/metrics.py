@@ -8,15 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
-from isoform.contracts import Metric
+from isoform.contracts import Floats, Metric
 from isoform.registry import lookup, register
-
-if TYPE_CHECKING:
-    from isoform.contracts import Floats
 
 
 @register("metric", "loss")

@@ -4,25 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from isoform.contracts import IGNORE, Document, Encoded, Prompt, Sample, Tokenizer
+from isoform.contracts import IGNORE, Document, Encoded, IntArray, Ints, Prompt, Sample, Tokenizer
 from isoform.errors import DataError
 from isoform.objectives.crossentropy import TokenObjective
 from isoform.objectives.fields import place, required_text, special_id, tokens_of
 from isoform.registry import Options, register
-
-if TYPE_CHECKING:
-    from isoform.contracts import IntArray, Ints
 
 
 @register("objective", "answers")
 class Answers(TokenObjective):
     """`question SEP answer END`, asked: the answer's tokens and END, each from all that stands before it.
 
-    The text is never changed: characters that the tokenizer does not know become its unknown token.
+    The text is never changed: characters that the tokenizer does not know become its unknown token. A question that
+    leaves no room for its answer is cut off on the left, unless `data.long_documents` refuses it.
 
     Source: CS224N assignment 5, `NameDataset` (question MASK place MASK).
     Differs: that one also asks for the separator after the question, which says nothing about the answer, drops
@@ -34,10 +31,7 @@ class Answers(TokenObjective):
         # role of the special token between question and answer
         end: str = "mask"
         # role of the special token after the answer
-        long_questions: Literal["truncate", "refuse"] = "truncate"
-        # a question that leaves no room for its answer: cut off on the left, or an error
 
-    fields: tuple[str, ...] = ("question", "answer")
     alternatives: tuple[tuple[str, ...], ...] = (("question", "answer"),)
     optional_fields: tuple[str, ...] = ("answer",)
     needs: frozenset[str] = frozenset({"causal"})
@@ -67,26 +61,15 @@ class Answers(TokenObjective):
             answer = required_text(document, "answer")
             ids["answer"] = self.tokenizer.encode(answer)
             num_bytes = len(answer.encode())
-        self._check_room(document, ids)
+        if len(ids.get("answer", ())) + 1 > self.max_tokens:
+            raise DataError(
+                f"{place(document)}: the answer has {len(ids['answer'])} tokens, at most {self.max_tokens - 1} fit; "
+                "raise `text.max_tokens` or remove the row"
+            )
         return Encoded(document.id, ids, num_bytes, document)
 
-    def _check_room(self, document: Document, ids: Mapping[str, IntArray]) -> None:
-        """The answer and its separator must fit into the context; the question too, where cutting is refused."""
-        num_question, num_answer = len(ids["question"]), len(ids.get("answer", ()))
-        if num_answer + 1 > self.max_tokens:
-            raise DataError(
-                f"{place(document)}: the answer has {num_answer} tokens, at most {self.max_tokens - 1} fit into "
-                "`text.max_tokens`; raise it or remove the row"
-            )
-        if self.config.long_questions == "refuse" and num_question + num_answer + 1 > self.max_tokens:
-            raise DataError(
-                f"{place(document)}: question and answer have {num_question} and {num_answer} tokens, with the "
-                f"separator at most {self.max_tokens} fit; raise `text.max_tokens` or set "
-                "`objective.long_questions: truncate`"
-            )
-
     def encoding_key(self) -> str:
-        return f"answers {self.config.long_questions} {self.max_tokens}"
+        return f"answers in {self.max_tokens}"
 
     def planned_tokens(self, field_tokens: Mapping[str, Ints]) -> Ints:
         lengths: Ints = field_tokens["question"] + field_tokens["answer"] + 1

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from isoform.contracts import IGNORE, Document, Encoded, Prompt, Sample, Tokenizer
+from isoform.contracts import IGNORE, Document, Encoded, IntArray, Ints, Prompt, Sample, Tokenizer
 from isoform.objectives.crossentropy import TokenObjective
 from isoform.objectives.fields import required_text, special_id, tokens_of
 from isoform.registry import Options, register
-
-if TYPE_CHECKING:
-    from isoform.contracts import IntArray, Ints
 
 
 @register("objective", "causal")
@@ -31,7 +27,6 @@ class Causal(TokenObjective):
         eos: bool | None = None
         # whether it ends with `eos`, so that generation learns to stop; null: where the tokenizer has one
 
-    fields: tuple[str, ...] = ("text",)
     alternatives: tuple[tuple[str, ...], ...] = (("text",),)
     optional_fields: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset({"causal"})

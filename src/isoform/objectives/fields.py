@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from isoform.contracts import Document, Tokenizer
+from isoform.contracts import Document, IntArray, Tokenizer
 from isoform.errors import ConfigError, DataError
 from isoform.registry import nearest
-
-if TYPE_CHECKING:
-    from isoform.contracts import IntArray
 
 
 def place(document: Document) -> str:

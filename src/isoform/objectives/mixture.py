@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from pydantic import Field, field_validator
 
-from isoform.contracts import Document, Encoded, Objective, Prompt, Sample, Tokenizer
+from isoform.contracts import Document, Encoded, Ints, Objective, Prompt, Sample, Tokenizer
 from isoform.errors import ConfigError, DataError
 from isoform.objectives.crossentropy import TokenObjective
 from isoform.objectives.fields import place
 from isoform.registry import Options, component, register
-
-if TYPE_CHECKING:
-    from isoform.contracts import Ints
 
 
 @register("objective", "mixture")
@@ -54,8 +51,7 @@ class Mixture(TokenObjective):
             build: Any = cls
             self.parts.append(build(checked, tokenizer, max_tokens))
             self.weights.append(float(options.get("weight", 1.0)))
-        readers = [part for part in self.parts if "text" in part.fields][:1]
-        self.fields = tuple(dict.fromkeys(field for part in self.parts for field in part.fields))
+        readers = [part for part in self.parts if ("text",) in part.alternatives][:1]
         self.alternatives = tuple(dict.fromkeys(way for part in self.parts for way in part.alternatives))
         self.optional_fields = tuple(dict.fromkeys(field for part in self.parts for field in part.optional_fields))
         self.needs: frozenset[str] = frozenset().union(*(part.needs for part in self.parts))
@@ -67,8 +63,9 @@ class Mixture(TokenObjective):
     def _part(self, fields: Mapping[str, Any]) -> int | None:
         """The first part that can read these fields."""
         for index, part in enumerate(self.parts):
-            if all(field in fields or field in part.optional_fields for field in part.fields):
-                return index
+            for way in part.alternatives:
+                if all(field in fields or field in part.optional_fields for field in way):
+                    return index
         return None
 
     def _reader(self, encoded: Encoded) -> Objective:
@@ -80,7 +77,7 @@ class Mixture(TokenObjective):
     def encode(self, document: Document) -> Encoded:
         index = self._part(document.fields)
         if index is None:
-            wanted = " or ".join(" + ".join(part.fields) for part in self.parts)
+            wanted = " or ".join(" + ".join(way) for way in self.alternatives)
             raise DataError(
                 f"{place(document)}: fields {', '.join(document.fields)} given, {wanted} expected; name the columns "
                 "with `data.text`, `data.question`, `data.answer`, or add a part that reads these"
@@ -94,9 +91,10 @@ class Mixture(TokenObjective):
     def planned_tokens(self, field_tokens: Mapping[str, Ints]) -> Ints:
         """The longest plan of the parts that read a document's fields; a field that it has not has no tokens."""
         plans = [
-            np.where(field_tokens[part.fields[0]] > 0, part.planned_tokens(field_tokens), 0)
+            np.where(field_tokens[way[0]] > 0, part.planned_tokens(field_tokens), 0)
             for part in self.parts
-            if all(field in field_tokens for field in part.fields)
+            for way in part.alternatives
+            if all(field in field_tokens for field in way)
         ]
         longest: Ints = np.max(np.stack(plans), axis=0)
         return longest

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Annotated, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 from pydantic import Field
 
-from isoform.contracts import IGNORE, Document, Encoded, Prompt, Sample, Tokenizer
+from isoform.contracts import IGNORE, Document, Encoded, Ints, Prompt, Sample, Tokenizer
 from isoform.errors import ConfigError
 from isoform.objectives.crossentropy import TokenObjective
 from isoform.objectives.fields import required_text, special_id, tokens_of
 from isoform.objectives.salient import name_end, salient_spans, tokens_at
 from isoform.registry import Options, register
-
-if TYPE_CHECKING:
-    from isoform.contracts import Ints
 
 MIN_VIEW_TOKENS = 4
 # The three masks around and after the masked span, of which the last is only a target.
@@ -50,7 +47,8 @@ class SpanCorruption(TokenObjective):
     view   prefix  the first t tokens
            window  t tokens from a random place
            whole   the whole document, or as many tokens as the context holds, from a random place
-           named   the leading name (up to the first `. `) and a window of the rest; see `bare_fraction`
+           named   the leading name (see `salient.name_end`) and a window of the rest; see `bare_fraction`. A name that
+                   leaves no room for the rest is not kept
     spans  random  as above, inside the view (inside the window, if `named`)
            salient a run of capitalised words or a number, drawn first; the view is then drawn around it. A document
                    without one falls back to `random`
@@ -72,7 +70,6 @@ class SpanCorruption(TokenObjective):
         bare_fraction: float = Field(0.0, ge=0, le=1)
         # of `named` views: how often nothing but the name is seen beside the masked span
 
-    fields: tuple[str, ...] = ("text",)
     alternatives: tuple[tuple[str, ...], ...] = (("text",),)
     optional_fields: tuple[str, ...] = ()
     needs: frozenset[str] = frozenset({"causal"})
@@ -95,22 +92,17 @@ class SpanCorruption(TokenObjective):
     def mask(self) -> int:
         return special_id(self.tokenizer, "mask", "text.tokenizer")
 
-    @property
-    def _marked(self) -> bool:
-        return self.config.view == "named" or self.config.spans == "salient"
-
     def encode(self, document: Document) -> Encoded:
-        """Field `marks`, where the rules need it: where the name ends, then start and stop of every candidate span."""
+        """The text, and `_marks`, in tokens: where the leading name ends, start and stop of every candidate span."""
         text = required_text(document, "text")
-        num_bytes = len(text.encode())
-        if not self._marked:
-            return Encoded(document.id, {"text": self.tokenizer.encode(text)}, num_bytes, document)
-        places = [name_end(text), *(place for span in salient_spans(text) for place in span)]
+        head = name_end(text) if self.config.view == "named" else 0
+        spans = salient_spans(text) if self.config.spans == "salient" else []
+        places = [head, *(place for span in spans if span[0] >= head for place in span)]
         ids, marks = tokens_at(self.tokenizer, text, places)
-        return Encoded(document.id, {"text": ids, "marks": marks}, num_bytes, document)
+        return Encoded(document.id, {"text": ids, "_marks": marks}, len(text.encode()), document)
 
     def encoding_key(self) -> str:
-        return "span-corruption with marks" if self._marked else "span-corruption"
+        return f"span-corruption named={self.config.view == 'named'} salient={self.config.spans == 'salient'}"
 
     def planned_tokens(self, field_tokens: Mapping[str, Ints]) -> Ints:
         longest = self.max_view_tokens
@@ -120,7 +112,7 @@ class SpanCorruption(TokenObjective):
 
     def prepare(self, encoded: Encoded, rng: np.random.Generator) -> Sample:
         text = encoded.fields["text"]
-        draw = self.draw(encoded, rng)
+        draw = self.draw(len(text), encoded.fields["_marks"].tolist(), rng)
         masked = text[draw.start : draw.stop]
         prefix = tokens_of(text[: draw.head], text[draw.first : draw.start])
         string = tokens_of(prefix, self.mask, text[draw.stop : draw.end], self.mask, masked, self.mask)
@@ -131,22 +123,14 @@ class SpanCorruption(TokenObjective):
             others[rng.random(len(others)) >= fraction] = IGNORE
         return Sample(encoded.id, string[:-1], targets)
 
-    def draw(self, encoded: Encoded, rng: np.random.Generator) -> Draw:
-        """A random view and span of the document."""
-        num_tokens = len(encoded.fields["text"])
-        marks = encoded.fields["marks"].tolist() if self._marked else [0]
-        head = self._head(marks[0], num_tokens)
-        spans = [(start, stop) for start, stop in zip(marks[1::2], marks[2::2], strict=True) if start >= head]
-        drawn = self._salient(spans, head, num_tokens, rng) if self.config.spans == "salient" else None
-        draw = drawn or self._random(head, num_tokens, rng)
+    def draw(self, num_tokens: int, marks: list[int], rng: np.random.Generator) -> Draw:
+        """A random view and span of a document with these marks."""
+        head = marks[0] if marks[0] <= min(num_tokens, self.max_view_tokens) - MIN_VIEW_TOKENS else 0
+        spans = list(zip(marks[1::2], marks[2::2], strict=True))
+        draw = self._salient(spans, head, num_tokens, rng) or self._random(head, num_tokens, rng)
         if self.config.bare_fraction and head and rng.random() < self.config.bare_fraction:
             draw = draw._replace(first=draw.start, end=draw.stop)
         return draw
-
-    def _head(self, name_tokens: int, num_tokens: int) -> int:
-        """How many tokens of the name are always seen: none where it would leave no room for the rest."""
-        room = min(num_tokens, self.max_view_tokens) - MIN_VIEW_TOKENS
-        return name_tokens if self.config.view == "named" and name_tokens <= room else 0
 
     def _random(self, head: int, num_tokens: int, rng: np.random.Generator) -> Draw:
         """First a view, then a span of at most half of it."""
