@@ -49,7 +49,8 @@ class Document:
 class Encoded:
     """One document, or one window of it, as token ids: made once, cached, the same for every epoch and seed.
 
-    `fields` maps a field's name to its ids, int32 `(t,)`. `num_bytes` is the UTF-8 size of the text that these tokens
+    `fields` maps a field's name to its ids, int32 `(t,)`; a name that begins with `_` holds places in another field, not
+    tokens, and is counted nowhere. `num_bytes` is the UTF-8 size of the text that these tokens
     stand for (the denominator of bits per byte). `document` is kept where an evaluation needs the raw text.
     """
 
@@ -57,6 +58,11 @@ class Encoded:
     fields: Mapping[str, IntArray]
     num_bytes: int
     document: Document | None = None
+
+    @property
+    def token_fields(self) -> list[IntArray]:
+        """The ids of every field that holds tokens."""
+        return [ids for name, ids in self.fields.items() if not name.startswith("_")]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def test_rises_to_one_then_never_rises_again(kind, num_steps, warmup):
     steps = chosen.options.warmup(num_steps)
     assert all(math.isclose(factors[step], (step + 1) / steps) for step in range(steps))
     rest = factors[max(0, steps - 1) :]
-    assert all(later <= earlier + 1e-12 for earlier, later in zip(rest, rest[1:], strict=False))
+    assert all(later <= earlier + 1e-12 for earlier, later in pairwise(rest))
 
 
 def test_decay_ends_at_the_floor_on_the_last_step():

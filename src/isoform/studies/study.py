@@ -101,7 +101,7 @@ def _refuse(rows: list[dict[str, Any]]) -> None:
         raise AuditError(f"the audit refuses this study: {refused[0]}{more}")
 
 
-# --------------------------------------------------------------------------------------------------- tuning and training
+# ---------------------------------------------------------------------------------- tuning and training
 
 
 def _tune(
@@ -164,7 +164,7 @@ def _train_stage(run: StageRun, folder: Path, layout: Layout, quiet: bool, say: 
     shutil.rmtree(target / "checkpoints", ignore_errors=True)
 
 
-# ------------------------------------------------------------------------------------------------------------ conclusions
+# ---------------------------------------------------------------------------------- conclusions
 
 
 def conclude(

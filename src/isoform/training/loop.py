@@ -4,7 +4,8 @@
               -> log -> evaluate? -> checkpoint? -> stop?
 
 Resuming restores weights, optimiser state and scalars; data order, masks and dropout are functions of the step, so
-nothing else has to be restored and no batch is skipped or seen twice.
+nothing else has to be restored and no batch is skipped or seen twice. The global random streams are kept all the same, for parts
+that are not ours.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.randomness import random_streams, restore_random_streams
 from isoform.checkpoints.state import latest_state, optimizer_state_by_name, restore_optimizer, save_state
 from isoform.contracts import RunState
 from isoform.errors import NonFiniteError, OutOfMemoryError
@@ -88,6 +90,7 @@ class Loop:
                 tensor.copy_(found.tensors[name])
         restore_optimizer(self.optimizers, self.names, found.state.optimizer)
         self.state = found.state
+        restore_random_streams(self.state.rng)
         self.silent = set(self.state.scalars.get("silent", []))
         self._saved_step = self.state.step
         return True
@@ -293,6 +296,7 @@ class Loop:
         assert self.run.batch_plan is not None
         epoch, offset = divmod(self.state.step, self.run.batch_plan.steps_per_epoch)
         self.state.cursor = {"epoch": epoch, "step_in_epoch": offset}
+        self.state.rng = random_streams()
         self.state.optimizer = optimizer_state_by_name(self.optimizers, self.names)
         if self.accelerator.is_main_process:
             save_state(

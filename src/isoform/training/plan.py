@@ -77,7 +77,7 @@ def warnings(run: Prepared, rates: list[float]) -> list[str]:
     if peak > len(rates) / 2:
         found.append(f"the warm-up takes {peak + 1} of {len(rates)} steps; shorten train.schedule.warmup_*")
     for name, dataset in run.datasets.items():
-        cut = dataset.report.get("truncated_documents", 0)
+        cut = dataset.report.get("documents_truncated", 0)
         if cut:
             found.append(f"{cut} documents of {name} are longer than text.max_tokens and are cut off")
         unknown = dataset.report.get("unknown_tokens", 0)

@@ -90,7 +90,8 @@ def prepare(
     device = device or machine.choose_device()
     precision = precision or machine.choose_precision(config.train.precision, device.type)
 
-    loaded = load_model(start) if start is not None else None
+    # Master weights are float32, whatever the folder holds.
+    loaded = load_model(start, dtype=torch.float32) if start is not None else None
     draft: Objective = objective_class(objective_options, None, config.text.max_tokens)
     splits = load_splits(config.data, draft.alternatives)
     if for_training and "train" not in splits.splits:

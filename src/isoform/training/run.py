@@ -24,6 +24,7 @@ from isoform.errors import CheckpointError, ConfigError, DataError
 from isoform.evaluation.evaluate import Evaluation, evaluate
 from isoform.evaluation.predictions import write_predictions
 from isoform.models.accounting import accounts
+from isoform.registry import Reads, recording
 from isoform.storage import fingerprint, locked, read_json, remove_leftovers, sha256_file, write_json, write_text
 from isoform.training.logs import RunLog, forget_after, open_trackers
 from isoform.training.loop import BEST_LOSS, BEST_METRIC, Loop
@@ -70,10 +71,11 @@ def train(
     Stopped.
     """
     accelerator = _accelerator()
+    reads = Reads()
     if not accelerator.is_main_process:
-        return _train(config, folder, accelerator, resume=resume, start=start, precision=precision, quiet=True)
-    with locked(folder):
-        return _train(config, folder, accelerator, resume=resume, start=start, precision=precision, quiet=quiet)
+        return _train(config, folder, accelerator, reads, resume=resume, start=start, precision=precision, quiet=True)
+    with locked(folder), recording(reads):
+        return _train(config, folder, accelerator, reads, resume=resume, start=start, precision=precision, quiet=quiet)
 
 
 def _accelerator() -> Accelerator:
@@ -88,6 +90,7 @@ def _train(
     config: RunConfig,
     folder: Path,
     accelerator: Accelerator,
+    reads: Reads,
     *,
     resume: bool,
     start: Path | None,
@@ -131,7 +134,10 @@ def _train(
             outcome.seconds + time.monotonic() - began - (outcome.seconds if not found else 0)
         )
         manifest.update(
-            complete=True, finished=_now(), final_sha256=sha256_file(folder / "final" / "model.safetensors")
+            complete=True,
+            finished=_now(),
+            final_sha256=sha256_file(folder / "final" / "model.safetensors"),
+            config_unread=reads.unread(config),
         )
         write_json(manifest_path, manifest)
         return RunResult(folder, rows, manifest)
@@ -139,7 +145,7 @@ def _train(
         log.close()
 
 
-# ------------------------------------------------------------------------------------------------- before the first step
+# ---------------------------------------------------------------------------------- before the first step
 
 
 def _refuse_foreign(run: Prepared, folder: Path, resume: bool) -> None:
@@ -152,14 +158,16 @@ def _refuse_foreign(run: Prepared, folder: Path, resume: bool) -> None:
     if changed:
         raise ConfigError(
             f"{folder} holds a run with another config: {'; '.join(changed[:5])}"
-            f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}. Use another --out, or the config it was made with"
+            f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}. "
+            "Use another --out, or the config it was made with"
         )
     manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
     stored = manifest.get("fingerprints", {})
     for what, value in run.fingerprints.items():
         if what in stored and stored[what] != value:
             raise DataError(
-                f"{folder}: the {what} has changed since this run began (fingerprint {stored[what]} then, {value} now); "
+                f"{folder}: the {what} has changed since this run began (fingerprint {stored[what]} then, "
+                f"{value} now); "
                 "put the old files back, or start a new run with another --out"
             )
     if not resume and not manifest.get("complete") and (folder / "checkpoints").exists():
@@ -215,7 +223,7 @@ def _progress(config: RunConfig, run: Prepared, start: int, quiet: bool) -> Prog
     return Progress(config.name, run.num_steps, start, Console(stderr=True, quiet=quiet))
 
 
-# -------------------------------------------------------------------------------------------------- after the last step
+# ---------------------------------------------------------------------------------- after the last step
 
 
 def _score(run: Prepared, model: Any, split: str, *, keep_predictions: bool = False) -> Evaluation:
