@@ -80,7 +80,10 @@ class SelfAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward with their norms and dropouts, see the head of this file. Shapes: `(n, d)` -> `(n, d)`."""
+    """Attention and feed-forward with their norms and dropouts, in the order that the head of this file shows.
+
+    Shapes: hidden `(n, d)` -> `(n, d)`. Source: Xiong et al. 2020 for both orders. Differs: nothing.
+    """
 
     def __init__(
         self,
@@ -102,7 +105,8 @@ class Block(nn.Module):
         keys = stream.dropout_keys
         if self.norm_first:
             hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), stream), keys)
-            return hidden + self.feedforward_dropout(self.feedforward(self.feedforward_norm(hidden)), keys)
-        hidden = self.attention_norm(hidden + self.attention_dropout(self.attention(hidden, stream), keys))
-        normed: Tensor = self.feedforward_norm(hidden + self.feedforward_dropout(self.feedforward(hidden), keys))
-        return normed
+            hidden = hidden + self.feedforward_dropout(self.feedforward(self.feedforward_norm(hidden)), keys)
+        else:
+            hidden = self.attention_norm(hidden + self.attention_dropout(self.attention(hidden, stream), keys))
+            hidden = self.feedforward_norm(hidden + self.feedforward_dropout(self.feedforward(hidden), keys))
+        return hidden

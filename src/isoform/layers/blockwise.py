@@ -1,15 +1,16 @@
 """The fast path of `attend`: sequences of similar length become small dense blocks whose scores stay in the cache.
 
-A batch is cut into blocks of sequences, sorted by length; a block is padded to its longest sequence (that alone; it
-costs a few percent), multiplied, and unpadded. Scores are never kept: backward makes them again from the logarithm of
-each row's sum (Dao et al. 2022). torch's own CPU backward is not used: in bfloat16 it is some twenty times slower.
+A batch is cut into blocks of sequences, sorted by length, each padded to its longest (a few percent of waste, and that
+inside attention alone). `to_blocks` and `from_blocks` carry rows in and out; as every token stands in one place, the
+backward pass of the one is the other. Between them stands `block_attention`, on a CPU with a backward pass of our own
+that makes the scores again from the logarithm of each row's sum (Dao et al. 2022): torch's is some twenty times slower
+in bfloat16.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -20,15 +21,21 @@ from isoform.contracts import Sequences
 from isoform.layers import ragged
 from isoform.layers.dropout import DropoutSite, keep_mask, kept_inverse
 
-# Scores (b h t s) of one block: 2^19 bfloat16 numbers are 1 MiB, half of a server core's second cache.
-BLOCK_SCORES = 2**19
+# Scores (b h t s) of one block on a CPU: 2^19 bfloat16 numbers are 1 MiB, half of a server core's second cache.
+CPU_BLOCK_SCORES = 2**19
+# Elsewhere blocks are as large as memory likes.
+BLOCK_SCORES = 2**27
 # Lengths are rounded up to this: narrower rows do not fill vector registers and matrix tiles.
 ROUND_LENGTH = 16
+# Rows of causal scores that the backward pass makes at once.
+CAUSAL_ROWS = 128
+# What is added to the score of an unseen key. Finite, so that a row of padding, which sees nothing, is no NaN.
+UNSEEN = -1e30
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Who sees whom, and how scores are made."""
+    """Who sees whom, and how scores are made; see `attend`."""
 
     causal: bool
     window: int | None
@@ -38,11 +45,11 @@ class Rule:
 
 @dataclass(slots=True)
 class Side:
-    """Where one side's (queries' or keys') rows of `(n, heads, k)` go in the blocks `(b, heads, length, k)`.
+    """Where the rows `(n, heads, k)` of queries or of keys stand in the blocks `(b, heads, length, k)`.
 
-    take: for each block, token numbers `(b, length)`, padding repeats some token of the batch; pad: bool of the same
-    shape, True at padding. restore: for each token, where its first head stands in the blocks laid end to end, and how
-    far apart its heads stand there.
+    take: for each block the token of every place, `(b, length)`; padding repeats token 0. pad: bool, True at padding.
+    restore: `(n heads,)` the place of each row in the blocks laid end to end. rows: `take` as row numbers, made once
+    for each distance between tokens that the states have.
     """
 
     heads: int
@@ -51,95 +58,101 @@ class Side:
     restore: Tensor
     rows: dict[int, list[Tensor]] = field(default_factory=dict)
 
-    def gather(self, states: Tensor) -> Iterator[Tensor]:
+    def gather(self, states: Tensor) -> tuple[Tensor, ...]:
         """`(n, heads, k)` -> blocks `(b, heads, length, k)`."""
         width = states.shape[-1]
-        if states.stride()[1:] != (width, 1) or states.stride(0) % width or states.storage_offset() % width:
+        if states.stride()[1:] != (width, 1) or states.stride(0) % width:
             states = states.contiguous()
-        step = states.stride(0) // width
+        step = states.stride(0) // width  # rows from a token to the next, wider where the states are part of more
         if step not in self.rows:
             head = torch.arange(self.heads, device=states.device)[:, None]
             self.rows[step] = [(take[:, None] * step + head).flatten() for take in self.take]
         flat = states.as_strided(((len(states) - 1) * step + self.heads, width), (width, 1))
-        for take, rows in zip(self.take, self.rows[step], strict=True):
-            yield flat.index_select(0, rows).view(len(take), self.heads, -1, width)
+        return tuple(
+            flat.index_select(0, rows).view(len(take), self.heads, -1, width)
+            for take, rows in zip(self.take, self.rows[step], strict=True)
+        )
 
-    def scatter(self, blocks: list[Tensor]) -> Tensor:
+    def scatter(self, blocks: tuple[Tensor, ...]) -> Tensor:
         """Blocks `(b, heads, length, k)` -> `(n, heads, k)`, padding left out."""
         width = blocks[0].shape[-1]
         flat = torch.cat([block.reshape(-1, width) for block in blocks])
         return flat.index_select(0, self.restore).view(-1, self.heads, width)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Plan:
-    """The blocks of a batch: both sides, each block's additive bias, and whether plain causal masking is enough."""
+    """The blocks of a batch. bias: of each block, `(1 or b, 1 or g, h/g t, s)`, what is added to its scores.
+
+    causal_alone: the bias says no more than that no query sees a later key. begin_together: place 0 of the keys is
+    place 0 of the queries.
+    """
 
     queries: Side
     keys: Side
     bias: list[Tensor]
-    plain_causal: bool
-    left: bool
+    causal_alone: bool
+    begin_together: bool
 
 
 def plan(queries: Sequences, keys: Sequences, rule: Rule, query: Tensor, groups: int) -> Plan:
     """The plan of a batch for query `(n, h, k)`, made once for all layers that share the rule."""
-    heads = query.shape[1]
-    key = ("attend", str(query.device), query.dtype, keys.lengths, rule, heads, groups)
+    key = ("attend", str(query.device), query.dtype, keys.lengths, rule, query.shape[1], groups)
     if key not in queries.derived:
-        queries.derived[key] = _make_plan(queries, keys, rule, heads, groups, query)
+        queries.derived[key] = _make_plan(queries, keys, rule, query, groups)
     made: Plan = queries.derived[key]
     return made
 
 
-def _make_plan(queries: Sequences, keys: Sequences, rule: Rule, heads: int, groups: int, query: Tensor) -> Plan:
-    device = query.device
+def _make_plan(queries: Sequences, keys: Sequences, rule: Rule, query: Tensor, groups: int) -> Plan:
     assert len(queries) == len(keys), f"{len(queries)} sequences of queries, {len(keys)} of keys"
+    heads, device = query.shape[1], query.device
     same = queries.lengths == keys.lengths
-    members = _members(queries, keys, heads)
+    members = _members(queries, keys, heads, CPU_BLOCK_SCORES if device.type == "cpu" else BLOCK_SCORES)
     # A block has one distance for query i and key j: both sides begin at 0, or, lengths differing, both end at the end.
-    left = same or not (rule.causal or rule.window or rule.slopes)
-    query_side = _side(queries, members, heads, left, device)
-    key_side = query_side if same and heads == groups else _side(keys, members, groups, left, device)
+    together = same or not (rule.causal or rule.window or rule.slopes)
+    query_side = _side(queries, members, heads, together, device)
+    key_side = query_side if same and heads == groups else _side(keys, members, groups, together, device)
     bias = [
-        _bias(query_take.shape[1], key_pad, rule, heads, groups, same).to(query.dtype)
-        for query_take, key_pad in zip(query_side.take, key_side.pad, strict=True)
+        _bias(take.shape[1], pad, rule, heads, groups, same).to(query.dtype)
+        for take, pad in zip(query_side.take, key_side.pad, strict=True)
     ]
-    plain = same and rule.causal and rule.window is None and rule.slopes is None and heads == groups
-    return Plan(query_side, key_side, bias, plain, left)
+    causal_alone = same and rule.causal and rule.window is None and rule.slopes is None and heads == groups
+    return Plan(query_side, key_side, bias, causal_alone, together)
 
 
-def _members(queries: Sequences, keys: Sequences, heads: int) -> list[list[int]]:
-    """Numbers of the sequences in each block: sorted by length, as many as keep the scores within `BLOCK_SCORES`."""
+def _members(queries: Sequences, keys: Sequences, heads: int, most_scores: int) -> list[list[int]]:
+    """Numbers of the sequences in each block: sorted by length, as many as keep its scores within `most_scores`."""
     order = sorted(range(len(queries)), key=lambda row: (keys.lengths[row], queries.lengths[row], row))
     members: list[list[int]] = [[]]
     t = s = 0
     for row in order:
-        t, s = max(t, _round(queries.lengths[row])), max(s, _round(keys.lengths[row]))
-        if members[-1] and (len(members[-1]) + 1) * heads * t * s > BLOCK_SCORES:
+        t, s = max(t, _rounded(queries.lengths[row])), max(s, _rounded(keys.lengths[row]))
+        if members[-1] and (len(members[-1]) + 1) * heads * t * s > most_scores:
             members.append([])
-            t, s = _round(queries.lengths[row]), _round(keys.lengths[row])
+            t, s = _rounded(queries.lengths[row]), _rounded(keys.lengths[row])
         members[-1].append(row)
     return members
 
 
-def _round(length: int) -> int:
+def _rounded(length: int) -> int:
     return length if length == 1 else -(-length // ROUND_LENGTH) * ROUND_LENGTH
 
 
-def _side(sequences: Sequences, members: list[list[int]], heads: int, left: bool, device: torch.device) -> Side:
-    first = torch.tensor(ragged.starts(sequences))
-    lengths = torch.tensor(sequences.lengths)
+def _side(sequences: Sequences, members: list[list[int]], heads: int, begin: bool, device: torch.device) -> Side:
+    """begin: whether sequences stand at the beginning of their row in a block, or at its end."""
+    first, lengths = torch.tensor(ragged.starts(sequences)), torch.tensor(sequences.lengths)
     takes, pads = [], []
     restore = torch.empty(sequences.num_tokens, heads, dtype=torch.int64)
     offset = 0
     for rows in members:
-        size = _round(max(sequences.lengths[row] for row in rows))
-        place = torch.arange(size) - (0 if left else (size - lengths[rows])[:, None])
-        pad = (place < 0) | (place >= lengths[rows][:, None])  # (b, size)
+        size = _rounded(max(sequences.lengths[row] for row in rows))
+        length = lengths[rows][:, None]
+        place = torch.arange(size) - (0 if begin else size - length)  # (1 or b, size)
+        pad = (place < 0) | (place >= length)  # (b, size)
         take = (first[rows][:, None] + place).masked_fill(pad, 0)
-        column = torch.arange(len(rows))[:, None] * heads * size + torch.arange(size)  # place of head 0
-        restore[take[~pad]] = (column + offset)[~pad][:, None] + torch.arange(heads) * size
+        place_of_head_0 = offset + torch.arange(len(rows))[:, None] * heads * size + torch.arange(size)
+        restore[take[~pad]] = place_of_head_0[~pad][:, None] + torch.arange(heads) * size
         offset += len(rows) * heads * size
         takes.append(take.to(device))
         pads.append(pad.to(device))
@@ -147,7 +160,7 @@ def _side(sequences: Sequences, members: list[list[int]], heads: int, left: bool
 
 
 def _bias(t: int, key_pad: Tensor, rule: Rule, heads: int, groups: int, same: bool) -> Tensor:
-    """What is added to a block's scores, float32, broadcast to `(b, g, h/g t, s)`: a large negative number if unseen."""
+    """What is added to a block's scores, `(1 or b, 1 or g, h/g t, s)` in float64."""
     s, device = key_pad.shape[1], key_pad.device
     ahead = torch.arange(s - t, s, device=device)[:, None] - torch.arange(s, device=device)  # (t, s)
     unseen = ahead < 0 if rule.causal else torch.zeros_like(ahead, dtype=torch.bool)
@@ -158,122 +171,167 @@ def _bias(t: int, key_pad: Tensor, rule: Rule, heads: int, groups: int, same: bo
         unseen = unseen | key_pad[:, None, None, None]
     bias = torch.zeros(1, 1, 1, t, s, dtype=torch.float64, device=device)
     if rule.slopes is not None:
-        slope = torch.tensor(rule.slopes, dtype=torch.float64, device=device).view(1, groups, heads // groups, 1, 1)
-        bias = -slope * ahead.abs()
-    bias = torch.where(unseen, torch.finfo(torch.bfloat16).min / 4, bias)
-    b, g, _, _, _ = bias.shape
+        slope = torch.tensor(rule.slopes, dtype=torch.float64, device=device)
+        bias = -slope.view(1, groups, heads // groups, 1, 1) * ahead.abs()
+    bias = torch.where(unseen, UNSEEN, bias)
+    b, g = bias.shape[:2]
     return bias.expand(b, g, heads // groups, t, s).reshape(b, g, -1, s)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, plan: Plan, rule: Rule, dropout: DropoutSite | None) -> Tensor:
     """query `(n, h, k)`, key and value `(m, g, k)` -> `(n, h, k)`, block by block."""
-    output: Tensor = _Blocks.apply(query, key, value, plan, rule, dropout)
+    groups = plan.keys.heads
+    blocks = []
+    for q, k, v, bias, drop in zip(
+        to_blocks(query, plan.queries),
+        to_blocks(key, plan.keys),
+        to_blocks(value, plan.keys),
+        plan.bias,
+        _drops(dropout, plan, query.dtype),
+        strict=True,
+    ):
+        b, h, t, width = q.shape
+        grouped = q.view(b, groups, h // groups * t, width)  # the heads of a group one under the other
+        output = block_attention(grouped, k, v, bias, rule.scale, causal_alone=plan.causal_alone, drop=drop)
+        blocks.append(output.reshape(b, h, t, width))
+    return from_blocks(blocks, plan.queries)
+
+
+def _drops(dropout: DropoutSite | None, plan: Plan, dtype: torch.dtype) -> Iterator[Tensor | None]:
+    """For each block what its weights are multiplied with, `(b, g, h/g t, s)`, or None."""
+    if dropout is None:
+        yield from [None] * len(plan.bias)
+        return
+    assert plan.begin_together, "dropout of weights needs queries and keys that begin together"
+    keys = plan.queries.gather(dropout.row_keys(plan.queries.heads)[:, :, None])
+    for key, bias in zip(keys, plan.bias, strict=True):
+        keep = keep_mask(key[..., 0], bias.shape[-1], dropout.rate)  # (b, h, t, s)
+        yield keep.view(len(key), plan.keys.heads, -1, bias.shape[-1]).to(dtype).mul_(kept_inverse(dropout.rate))
+
+
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, *, causal_alone: bool, drop: Tensor | None
+) -> Tensor:
+    """softmax(scale q k^T + bias) * drop  v:  q `(b, g, t, k)`, k and v `(b, g, s, k)` -> `(b, g, t, k)`.
+
+    bias: broadcast to `(b, g, t, s)`; causal_alone: it only hides later keys; drop: `(b, g, t, s)` or None.
+    """
+    if not _has_flash(q) and drop is None:
+        mask = None if causal_alone else bias
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal_alone, scale=scale)
+    output: Tensor = _Attention.apply(q, k, v, bias, scale, causal_alone, drop)  # type: ignore[no-untyped-call]
     return output
 
 
-class _Blocks(torch.autograd.Function):
+class _Attention(torch.autograd.Function):
+    """With P the weights: dV = P^T dO, dS = P * (dO V^T - sum(dO * O)), dQ = scale dS K, dK = scale dS^T Q."""
+
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: Plan, rule: Rule, dropout: Any) -> Tensor:
-        groups, group = plan.keys.heads, plan.queries.heads // plan.keys.heads
-        outputs, saved = [], []
-        drops = _drops(dropout, plan, query.dtype)
-        for q, k, v, bias in zip(
-            plan.queries.gather(query), plan.keys.gather(key), plan.keys.gather(value), plan.bias, strict=True
-        ):
-            q = q.view(len(q), groups, -1, q.shape[-1])  # heads of a group one under the other
-            drop = next(drops)
-            output, log_sum = _forward(q, k, v, bias, rule.scale, plan.plain_causal, drop)
-            outputs.append(output.reshape(len(q), groups * group, -1, v.shape[-1]))
-            saved += [q, k, v, output, log_sum]
-        ctx.save_for_backward(*saved)
-        ctx.plan, ctx.rule, ctx.dropout = plan, rule, dropout
-        return plan.queries.scatter(outputs)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, causal: bool, drop: Any
+    ) -> Tensor:
+        output, log_sum = _forward(q, k, v, bias, scale, causal)
+        if drop is not None:
+            output = _weights(q, k, bias, log_sum, scale).mul_(drop) @ v
+        ctx.save_for_backward(q, k, v, bias, output, log_sum, drop)
+        ctx.scale, ctx.causal = scale, causal
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        plan: Plan = ctx.plan
-        grads: tuple[list[Tensor], ...] = ([], [], [])
-        drops = _drops(ctx.dropout, plan, grad.dtype)
-        saved = ctx.saved_tensors
-        for number, dout in enumerate(plan.queries.gather(grad)):
-            q, k, v, output, log_sum = saved[5 * number : 5 * number + 5]
-            dout.masked_fill_(plan.queries.pad[number][:, None, :, None], 0.0)
-            dout = dout.view(q.shape)
-            parts = _backward(dout, q, k, v, output, log_sum, plan.bias[number], ctx.rule.scale, next(drops))
-            for into, part in zip(grads, parts, strict=True):
-                into.append(part)
-        heads = plan.queries.heads
-        query_grads = [part.view(len(part), heads, -1, part.shape[-1]) for part in grads[0]]
-        return (
-            plan.queries.scatter(query_grads),
-            plan.keys.scatter(grads[1]),
-            plan.keys.scatter(grads[2]),
-            None,
-            None,
-            None,
-        )
+        q, k, v, bias, output, log_sum, drop = ctx.saved_tensors
+        delta = (grad * output).sum(-1, keepdim=True).neg_()  # (b, g, t, 1)
+        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        t, s = q.shape[2], k.shape[2]
+        step = CAUSAL_ROWS if ctx.causal else t
+        for start in range(0, t, step):
+            # Of causal scores, the part right of the last row's own key is skipped.
+            rows, seen = slice(start, start + step), slice(0, start + step if ctx.causal else s)
+            query, key, dout = q[:, :, rows], k[:, :, seen], grad[:, :, rows]
+            weights = _weights(query, key, bias[:, :, rows, seen], log_sum[:, :, rows], ctx.scale)
+            if drop is None:
+                kept = weights
+                dscores = _plus_product(delta[:, :, rows], dout, v[:, :, seen], 1.0)
+            else:
+                kept = weights * drop[:, :, rows, seen]
+                dscores = (dout @ v[:, :, seen].transpose(2, 3)).mul_(drop[:, :, rows, seen]).add_(delta[:, :, rows])
+            dscores.mul_(weights)
+            dq[:, :, rows] = (dscores @ key).mul_(ctx.scale)
+            dk[:, :, seen] += (dscores.transpose(2, 3) @ query).mul_(ctx.scale)
+            dv[:, :, seen] += kept.transpose(2, 3) @ dout
+        return dq, dk, dv, None, None, None, None
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, plain_causal: bool, drop: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """q `(b, g, t, k)`, k and v `(b, g, s, k)` -> output `(b, g, t, k)` and log of each row's sum `(b, g, t)`."""
-    if drop is None and q.device.type == "cpu":
-        mask = None if plain_causal else bias
-        output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, plain_causal, attn_mask=mask, scale=scale
-        )
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, causal_alone: bool) -> tuple[Tensor, Tensor]:
+    """Output `(b, g, t, k)` without dropout, and the logarithm of each row's sum `(b, g, t)`."""
+    if _has_flash(q):
+        mask = None if causal_alone else bias
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        output, log_sum = flash(q, k, v, 0.0, causal_alone, attn_mask=mask, scale=scale)
         return output, log_sum
-    scores = q @ k.transpose(-1, -2) * scale + bias
-    log_sum = scores.float().logsumexp(-1) if scores.dtype != torch.float64 else scores.logsumexp(-1)
-    weights = (scores - log_sum[..., None].to(scores.dtype)).exp_()
-    if drop is not None:
-        weights = weights * drop
-    return weights @ v, log_sum
+    log_sum = _plus_product(bias, q, k, scale).logsumexp(-1)
+    return _weights(q, k, bias, log_sum, scale) @ v, log_sum
 
 
-def _backward(
-    dout: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    output: Tensor,
-    log_sum: Tensor,
-    bias: Tensor,
-    scale: float,
-    drop: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v from that of the output; with P the weights, dS = P * (dout v^T - sum(dout * output))."""
-    shape = q.shape[0], q.shape[1], q.shape[2], k.shape[2]
-    flat = (shape[0] * shape[1], shape[2], shape[3])
-    q3, k3, v3, d3 = (x.reshape(flat[0], -1, x.shape[-1]) for x in (q, k, v, dout))
-    weights = (bias - log_sum[..., None].to(q.dtype)).expand(shape).reshape(flat)
-    weights = weights.baddbmm_(q3, k3.transpose(1, 2), alpha=scale).exp_()  # P (b g, t, s)
-    delta = (dout * output).sum(-1, keepdim=True).neg_().view(flat[0], -1, 1)
-    if drop is None:
-        dv = torch.bmm(weights.transpose(1, 2), d3)
-        dscores = torch.baddbmm(delta.expand(flat), d3, v3.transpose(1, 2)).mul_(weights)
-    else:
-        drop = drop.reshape(flat)
-        dv = torch.bmm((weights * drop).transpose(1, 2), d3)
-        dscores = torch.bmm(d3, v3.transpose(1, 2)).mul_(drop).add_(delta).mul_(weights)
-    dq = torch.bmm(dscores, k3).mul_(scale)
-    dk = torch.bmm(dscores.transpose(1, 2), q3).mul_(scale)
-    return dq.view(q.shape), dk.view(k.shape), dv.view(v.shape)
+def _has_flash(states: Tensor) -> bool:
+    """Whether torch's fused CPU kernel, which alone of its kind returns the sums of rows, is there."""
+    return states.device.type == "cpu" and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
 
 
-def _drops(dropout: DropoutSite | None, plan: Plan, dtype: torch.dtype) -> Iterator[Tensor | None]:
-    """For each block what its weights are multiplied with, `(b, g, t, s)`, or None."""
-    heads, groups = plan.queries.heads, plan.keys.heads
-    assert dropout is None or plan.left, "dropout of weights needs queries and keys that begin together"
-    keys = None if dropout is None else dropout.row_keys(heads)[:, :, None]
-    rows = plan.queries.gather(keys) if keys is not None else iter([None] * len(plan.bias))
-    for row, bias in zip(rows, plan.bias, strict=True):
-        if dropout is None or row is None:
-            yield None
-        else:
-            keep = keep_mask(row[..., 0], bias.shape[-1], dropout.rate)  # (b, h, t, s)
-            yield (keep * torch.tensor(kept_inverse(dropout.rate), dtype=dtype)).view(
-                len(row), groups, -1, bias.shape[-1]
-            )
+def _weights(q: Tensor, k: Tensor, bias: Tensor, log_sum: Tensor, scale: float) -> Tensor:
+    """exp(scale q k^T + bias - log_sum): `(b, g, t, s)`."""
+    b, g, t, s = *q.shape[:3], k.shape[2]
+    scores = q.new_empty(b * g, t, s)
+    torch.sub(bias, log_sum[..., None].to(q.dtype), out=scores.view(b, g, t, s))
+    scores.baddbmm_(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return scores.exp_().view(b, g, t, s)
+
+
+def _plus_product(base: Tensor, left: Tensor, right: Tensor, scale: float) -> Tensor:
+    """base + scale left right^T in one pass: `(b, g, t, s)`, base broadcast to it."""
+    shape = *left.shape[:3], right.shape[2]
+    whole = base.expand(shape).flatten(0, 1)
+    product = torch.baddbmm(whole, left.flatten(0, 1), right.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return product.view(shape)
+
+
+def to_blocks(states: Tensor, side: Side) -> tuple[Tensor, ...]:
+    """`(n, heads, k)` -> blocks `(b, heads, length, k)`; padding holds some token's values."""
+    blocks: tuple[Tensor, ...] = _ToBlocks.apply(states, side)  # type: ignore[no-untyped-call]
+    return blocks
+
+
+def from_blocks(blocks: list[Tensor], side: Side) -> Tensor:
+    """Blocks `(b, heads, length, k)` -> `(n, heads, k)`."""
+    states: Tensor = _FromBlocks.apply(side, *blocks)  # type: ignore[no-untyped-call]
+    return states
+
+
+class _ToBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, side: Side) -> tuple[Tensor, ...]:
+        ctx.side = side
+        return side.gather(states)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        # Nothing reaches padding: padded queries get no gradient, padded keys no weight.
+        return ctx.side.scatter(grads), None
+
+
+class _FromBlocks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, side: Side, *blocks: Tensor) -> Tensor:
+        ctx.side = side
+        return side.scatter(blocks)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        side: Side = ctx.side
+        blocks = side.gather(grad)
+        for block, pad in zip(blocks, side.pad, strict=True):
+            block.masked_fill_(pad[:, None, :, None], 0.0)
+        return None, *blocks

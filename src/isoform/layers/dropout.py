@@ -32,7 +32,7 @@ def mix64(keys: Tensor) -> Tensor:
 
 
 def token_keys(batch: Batch) -> Tensor | None:
-    """int64 `(n,)`: a hash of (dropout key, sample, position in its sequence), or None where no dropout is asked for."""
+    """int64 `(n,)`: a hash of (dropout key, sample, position in its sequence), or None: no dropout."""
     if batch.dropout_key is None:
         return None
     samples = mix64(mix64(batch.sample_keys) ^ batch.dropout_key)
@@ -41,18 +41,18 @@ def token_keys(batch: Batch) -> Tensor | None:
 
 
 def keep_mask(keys: Tensor, columns: int, rate: float) -> Tensor:
-    """bool `(..., columns)`: True with probability 1 - `kept_inverse`'s share; keys int64 `(...)`, one a row.
+    """bool `(..., columns)`, True where an element stays; keys int64 `(...)`, one a row.
 
-    One 32-bit hash decides two neighbouring columns, 16 bits each.
+    bits = mix32((low(key) xor hash(column pair)) * (high(key) | 1)), 16 of the 32 for each column of the pair.
     """
     half = (columns + 1) // 2
     column = mix64(torch.arange(1, half + 1, device=keys.device) * _GOLDEN).to(torch.int32)
     low = keys.to(torch.int32).unsqueeze(-1)
     high = (keys >> 32).to(torch.int32).unsqueeze(-1) | 1
     bits = (low ^ column).mul_(high)
-    bits ^= bits >> 15
+    bits ^= (bits >> 15) & (2**17 - 1)  # the shift of a signed integer repeats the sign; the mask undoes that
     bits *= _MIX_32
-    bits ^= bits >> 16
+    bits ^= (bits >> 16) & (2**16 - 1)
     lanes = bits.view(torch.int16)
     return (lanes >= _threshold(rate))[..., :columns]
 

@@ -72,7 +72,8 @@ class Learned(Position):
         self.embedding = embedding(max_positions, width)
 
     def embed(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        return hidden + self.embedding(positions)
+        added: Tensor = hidden + self.embedding(positions)
+        return added
 
 
 @register("position", "sinusoidal")
@@ -128,8 +129,8 @@ class Rope(Position):
         self.rotated = int(head_width * config.fraction)
         if self.rotated < 2 or self.rotated % 2:
             raise ConfigError(
-                f"model.position.fraction: {config.fraction} of the head width {head_width} is {self.rotated} channels, "
-                "an even number from 2 on is expected"
+                f"model.position.fraction: {config.fraction} of the head width {head_width} is {self.rotated} "
+                "channels, an even number from 2 on is expected"
             )
         self.base, self.scale = config.base, config.scale
 

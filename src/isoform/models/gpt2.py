@@ -132,6 +132,7 @@ class GPT2(nn.Module):
             initialize(self, seed, num_layers=config.num_layers)
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None, all_layers: bool = False) -> Output:
+        self._check_length(batch.sequences, cache)
         keys = token_keys(batch)
         stream = Stream(batch.positions, batch.sequences, self.position, keys, cache)
         hidden = self.embedding_dropout(self.position.embed(self.embedding(batch.tokens), batch.positions), keys)
@@ -142,6 +143,16 @@ class GPT2(nn.Module):
         if cache is not None:
             cache.advance(batch.sequences)
         return Output(hidden=self.final_norm(hidden), layers=tuple(layers) if all_layers else None)
+
+    def _check_length(self, sequences: Sequences, cache: KVCache | None) -> None:
+        limit = self.position.limit
+        before = [0] * len(sequences) if cache is None else cache.lengths
+        longest = max((old + new for old, new in zip(before, sequences.lengths, strict=True)), default=0)
+        if limit is not None and longest > limit:
+            raise ConfigError(
+                f"model.max_positions: {limit} learned positions, a sequence of {longest} tokens given; "
+                "shorten it (text.max_tokens)"
+            )
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary: `(m, d)` -> `(m, v)`."""
@@ -232,6 +243,7 @@ def _checked(config: GPT2.Config) -> int:
         )
     if config.num_heads % (config.num_kv_heads or config.num_heads):
         raise ConfigError(
-            f"model.num_kv_heads: {config.num_kv_heads} given, a divisor of model.num_heads {config.num_heads} is expected"
+            f"model.num_kv_heads: {config.num_kv_heads} given, "
+            f"a divisor of model.num_heads {config.num_heads} is expected"
         )
     return config.vocab_size

@@ -197,10 +197,11 @@ def _neox_table(config: Any) -> Table:
 
     def read(tensor: Tensor) -> Tensor:
         """Rows (h, 3, k) -> rows (3, h, k)."""
-        return tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+        return tensor.reshape(heads, 3, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
     def write(tensor: Tensor) -> Tensor:
-        return tensor.unflatten(0, (3, heads, -1)).transpose(0, 1).flatten(0, 2).contiguous()
+        """Rows (3, h, k) -> rows (h, 3, k)."""
+        return tensor.reshape(3, heads, -1, *tensor.shape[1:]).transpose(0, 1).reshape(tensor.shape)
 
     block = {
         "input_layernorm": _norm("attention_norm", width),
