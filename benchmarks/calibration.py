@@ -69,7 +69,7 @@ def grid_rows(grid: dict[Cell, Tally]) -> Iterable[Row]:
 def other_rows(num_studies: int, pool: Executor) -> Iterable[Row]:
     """Ratios, one seed, margins and power."""
     kinds = ((0.0, False), (0.2, True))
-    few = max(num_studies // 10, 1)
+    few = max(num_studies // 40, 1)
     ratios = [
         (kind, num_seeds, num_examples, Setting(rate, spread, False, *arms), num_studies // 2, few)
         for kind, rate in ((Ratio, None), (Perplexity, None), (F1, 0.9))

@@ -78,19 +78,19 @@ class Draws:
         self.common_noise = normal(k, 1, s, n)
         self.seed = normal(k, 2, s)
         self.common_seed = normal(k, 1, s)
-        self._latents: dict[tuple[bool, bool], Singles] = {}
+        self._latents: dict[tuple[bool, bool, bool], Singles] = {}
 
-    def latents(self, shared: bool, taste: bool) -> Singles:
-        """Latent scores without shift and seed effect: `(k, 2, S, N)`, variance 1."""
-        if (shared, taste) not in self._latents:
-            noise = _mixed(self.noise, self.common_noise, shared)
+    def latents(self, shared: bool, taste: bool, nats: bool) -> Singles:
+        """Latent scores without shift and seed effect: `(k, 2, S, N)`, variance 1; as exp(x / 2) for nats."""
+        if (shared, taste, nats) not in self._latents:
             self._latents.clear()
+            noise = _mixed(self.noise, self.common_noise, shared)
             if taste:
                 latent = self.difficulty + self.taste + noise * np.float32(0.5)
             else:
                 latent = self.difficulty + noise * np.float32(np.sqrt(0.5))
-            self._latents[shared, taste] = latent
-        return self._latents[shared, taste]
+            self._latents[shared, taste, nats] = np.exp(latent * np.float32(0.5)) if nats else latent
+        return self._latents[shared, taste, nats]
 
     def study(self, setting: Setting) -> tuple[Floats, MeanSquares]:
         """The difference of means `(k,)` and the analysis of variance of the paired differences."""
@@ -105,10 +105,9 @@ class Draws:
         """0 and 1, or nats, of both arms: `(k, 2, S, N)`."""
         shifts = np.array([setting.location, setting.location + setting.shift], np.float32)[:, None]
         offset = (shifts + np.float32(setting.spread) * _mixed(self.seed, self.common_seed, setting.shared))[..., None]
-        latent = self.latents(setting.shared, setting.taste)
         if setting.rate is None:
-            return np.exp((latent + offset) * np.float32(0.5))
-        return (latent > -offset).view(np.int8)
+            return self.latents(setting.shared, setting.taste, nats=True) * np.exp(offset * np.float32(0.5))
+        return (self.latents(setting.shared, setting.taste, nats=False) > -offset).view(np.int8)
 
 
 def summarise(differences: Singles) -> tuple[Floats, MeanSquares]:
