@@ -1,0 +1,226 @@
+"""Dead options: what two arms differ in, and whether each of these differences does anything.
+
+Each differing option is set back to the other arm's value, by itself; where nothing then changes, it is dead.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from isoform.config import RunConfig, run_config
+from isoform.errors import ConfigError, DataError
+from isoform.studies.audit_rows import DEAD, Pair, Row, pairs, row, trained
+from isoform.studies.layout import Layout
+
+if TYPE_CHECKING:
+    from isoform.studies.audit_probe import Probes
+
+Values = dict[str, Any]
+Path = tuple[str, ...]
+Place = tuple[str, Path]
+# a stage, and a field of its config
+
+# What never claims to change a result: differing in these alone is comparing the same thing twice.
+BOOKKEEPING = {
+    "name",
+    "track",
+    "data.root",
+    "data.shard_tokens",
+    "train.micro_batch_tokens",
+    "train.checkpoint_every_steps",
+    "train.checkpoint_every_seconds",
+    "train.keep_checkpoints",
+    "train.log_every_steps",
+    "evaluate.splits",
+    "evaluate.metrics",
+    "evaluate.batch_tokens",
+    "evaluate.confidence",
+    "evaluate.max_predictions",
+}
+# What acts after or between updates, where no probe step sees it: these are taken at their word.
+SCORING = {"evaluate.max_new_tokens"}
+SELECTING = {"train.select.metric", "train.select.split", "train.patience"}
+LOOKING = {"train.evaluate_every_steps", "train.evaluate_every_epochs"}
+# Keys that say which component a section is; the section's other options belong to it.
+KINDS = ("kind", "family", "from")
+MISSING = object()
+
+
+@dataclass(frozen=True)
+class Change:
+    """One option in which an arm differs from another: its name, and where it stands."""
+
+    name: str
+    places: tuple[Place, ...]
+
+
+def dead_options(layout: Layout, probes: Probes) -> list[Row]:
+    """Refusals for every pair: options that do nothing, and arms that are the same."""
+    known = trained(layout)
+    return [found for pair in pairs(layout) if set(pair) <= set(known) for found in _pair_rows(layout, probes, pair)]
+
+
+def _pair_rows(layout: Layout, probes: Probes, pair: Pair) -> list[Row]:
+    first, second = pair
+    arms = layout.study.arms
+    theirs, ours = (probes.configs(arm) for arm in pair)
+    found = list(changes(ours, theirs))
+    real = [
+        change
+        for change in found
+        if _claim(change, ours, theirs) != "nothing" and not _only_spelling(change, ours, theirs, probes)
+    ]
+    if not real and list(ours) == list(theirs) and arms[first].tune == arms[second].tune:
+        unimportant = ", ".join(change.name for change in found)
+        how = f"differ only in {unimportant}, which changes no result" if found else "do not differ in any option"
+        message = (
+            f"arms {first} and {second} {how}: the same thing would be compared twice; change or remove one of them"
+        )
+        return [row(DEAD, "refuse", message, pair)]
+    tested = [change for change in real if _claim(change, ours, theirs) == "probe"]
+    return [
+        row(DEAD, "refuse", _told(change, ours, theirs, pair), pair)
+        for change in tested
+        if _dead(change, ours, theirs, probes)
+    ]
+
+
+def _told(change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfig], pair: Pair) -> str:
+    stage, path = change.places[0]
+    there = theirs.get(stage)
+    given = [
+        "its default" if value is MISSING else repr(value)
+        for value in (MISSING if there is None else _get(_plain(there), path), _get(_plain(ours[stage]), path))
+    ]
+    return (
+        f"{change.name} does nothing: {given[0]} in arm {pair[0]} and {given[1]} in arm {pair[1]} give the same model, "
+        "data, rates and first updates; remove it, or change what makes it act"
+    )
+
+
+# -------------------------------------------------------------------------------------------------- what differs, where
+
+
+def changes(ours: dict[str, RunConfig], theirs: dict[str, RunConfig]) -> Iterator[Change]:
+    """What an arm's stages ask for that the other's same stages do not, option by option.
+
+    An option that differs in all shared stages is one change; it is set back in our further stages too.
+    """
+    shared = [stage for stage in ours if stage in theirs]
+    places: dict[Path, list[str]] = {}
+    for stage in shared:
+        for path in _differing(_plain(ours[stage]), _plain(theirs[stage])):
+            places.setdefault(path, []).append(stage)
+    for path, stages in places.items():
+        if stages == shared:
+            yield Change(".".join(path), tuple((stage, path) for stage in ours))
+        else:
+            yield from (Change(".".join((stage, *path)), ((stage, path),)) for stage in stages)
+
+
+def _plain(config: RunConfig) -> Values:
+    values = config.model_dump(mode="json")
+    del values["name"]
+    return values
+
+
+def _differing(ours: Any, theirs: Any, path: Path = ()) -> Iterator[Path]:
+    """Paths of differing options; a section of another kind is one, and what it sets beside that further ones."""
+    if not (isinstance(ours, dict) and isinstance(theirs, dict)):
+        if ours != theirs:
+            yield path
+        return
+    kinds = [key for key in KINDS if ours.get(key) != theirs.get(key)]
+    if kinds:
+        yield path
+    inner = ours if kinds else {**ours, **theirs}
+    for key in inner:
+        if key not in KINDS:
+            yield from _differing(ours.get(key, MISSING), theirs.get(key, MISSING), (*path, key))
+
+
+def _get(values: Any, path: Path) -> Any:
+    for key in path:
+        values = values.get(key, MISSING) if isinstance(values, dict) else MISSING
+    return values
+
+
+def _put(values: Values, path: Path, value: Any) -> None:
+    """Sets the option, or leaves it out where the value is missing."""
+    for key in path[:-1]:
+        values = values.setdefault(key, {})
+    if value is MISSING:
+        values.pop(path[-1], None)
+    else:
+        values[path[-1]] = copy.deepcopy(value)
+
+
+# -------------------------------------------------------------------------------------------------- does it do anything
+
+
+def _claim(
+    change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfig]
+) -> Literal["nothing", "word", "probe"]:
+    """Whether the option claims to change nothing, is taken at its word, or has to show it."""
+    stage, path = change.places[0]
+    field = ".".join(path)
+    selects = any(configs[stage].train.select.metric != "last" for configs in (ours, theirs) if stage in configs)
+    if field in BOOKKEEPING or (field in LOOKING and not selects):
+        return "nothing"
+    if field in SCORING or (field in SELECTING | LOOKING and selects):
+        return "word"
+    return "probe"
+
+
+def _set_back(change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfig]) -> dict[str, RunConfig]:
+    """Our stages with the option as the other arm has it. Raises: ConfigError where it cannot stand by itself."""
+    configs = dict(ours)
+    # A stage that the other arm has not takes the value of one that it has.
+    other = next(_plain(theirs[stage]) for stage in theirs if stage in ours)
+    for stage, path in change.places:
+        values = _plain(ours[stage])
+        value = _get(_plain(theirs[stage]) if stage in theirs else other, path)
+        _put(values, path, value)
+        configs[stage] = run_config({**values, "name": ours[stage].name})
+    return configs
+
+
+def _only_spelling(change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfig], probes: Probes) -> bool:
+    """Whether the option is the default spelled out, so that both configs resolve to the same."""
+    # A stage that starts from another does not read its own model section: nothing there is spelled out.
+    read = [stage for stage, path in change.places if path[0] != "model" or _parent(ours, stage) is None]
+    if _claim(change, ours, theirs) != "probe" or not read:
+        return False
+    try:
+        back = _set_back(change, ours, theirs)
+        resolved = [
+            [probes.of(configs[stage], _parent(configs, stage)).run.resolved for stage in read]
+            for configs in (ours, back)
+        ]
+    except (ConfigError, DataError):
+        return False
+    return resolved[0] == resolved[1]
+
+
+def _parent(configs: dict[str, RunConfig], stage: str) -> RunConfig | None:
+    """The config that a stage's model comes from, None for the first."""
+    first = next(iter(configs))
+    return None if stage == first else configs[first]
+
+
+def _dead(change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfig], probes: Probes) -> bool:
+    """Whether every stage that the option stands in does the same with the other arm's value."""
+    from isoform.studies.audit_probe import same_run
+
+    try:
+        back = _set_back(change, ours, theirs)
+        return all(
+            same_run(probes.of(ours[stage], _parent(ours, stage)), probes.of(back[stage], _parent(ours, stage)))
+            for stage, _ in change.places
+        )
+    except (ConfigError, DataError):
+        # The other arm's value cannot stand among our options: the option does something.
+        return False
