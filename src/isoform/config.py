@@ -10,13 +10,13 @@ import copy
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from isoform.errors import ConfigError
-from isoform.registry import explain, nearest
+from isoform.registry import explain, nearest, note_read
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -35,6 +35,8 @@ class Section(BaseModel):
     """A part of a config: unknown keys are errors, an instance does not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    if not TYPE_CHECKING:
+        __getattribute__ = note_read
 
 
 class Splits(Section):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -36,10 +38,62 @@ _classes: dict[tuple[str, str], type[Any]] = {}
 _loaded: set[str] = set()
 
 
+@dataclass
+class Reads:
+    """Which fields of configs were looked at, and which components' options were built, while this was recording.
+
+    fields: (class, field); built: (place in the config, options).
+    """
+
+    fields: set[tuple[type, str]] = field(default_factory=set)
+    built: list[tuple[str, BaseModel]] = field(default_factory=list)
+
+    def unread(self, config: BaseModel) -> list[str]:
+        """Fields of the run's config that were given another value than their default and that nobody read."""
+        components = [(place, options) for place, options in self.built if _root(place) in type(config).model_fields]
+        return sorted({name for place, part in [("", config), *components] for name in self._unread(place, part)})
+
+    def _unread(self, place: str, part: BaseModel) -> Iterator[str]:
+        for name, info in type(part).model_fields.items():
+            value = part.__dict__[name]
+            path = f"{place}.{name}" if place else name
+            if isinstance(value, BaseModel):
+                yield from self._unread(path, value)
+            elif value != info.get_default(call_default_factory=True) and (type(part), name) not in self.fields:
+                yield path
+
+
+_reads: Reads | None = None
+
+
+def _root(place: str) -> str:
+    return place.partition(".")[0]
+
+
+@contextmanager
+def recording(reads: Reads | None) -> Iterator[None]:
+    """Notes in `reads` every look at a field of a config, in all threads; None: notes nothing, as at other times."""
+    global _reads
+    before, _reads = _reads, reads
+    try:
+        yield
+    finally:
+        _reads = before
+
+
+def note_read(self: BaseModel, name: str) -> Any:
+    """The `__getattribute__` of configs: what it is without recording, and a note."""
+    if _reads is not None and not name.startswith("_"):
+        _reads.fields.add((type(self), name))
+    return object.__getattribute__(self, name)
+
+
 class Options(BaseModel):
     """The options of one component: unknown keys are errors, values are checked, instances do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    if not TYPE_CHECKING:
+        __getattribute__ = note_read
 
 
 def register(category: str, name: str) -> Callable[[type[T]], type[T]]:
@@ -75,9 +129,13 @@ def lookup(category: str, name: str, where: str | None = None) -> type[Any]:
 def build_options(cls: type[Any], options: dict[str, Any], where: str) -> Any:
     """The component's `Config` from plain values, with errors that name `where.field`."""
     try:
-        return cls.Config(**options)
+        with recording(None):  # that validators look at a field does not mean that it is used
+            built = cls.Config(**options)
     except ValidationError as error:
         raise ConfigError(explain(error, where, cls.Config)) from None
+    if _reads is not None:
+        _reads.built.append((where, built))
+    return built
 
 
 def component(category: str, options: dict[str, Any], where: str) -> tuple[type[Any], Any]:
@@ -96,7 +154,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     """The first mistake of a pydantic error as one line: the field, what was given, what was expected."""
-    first = error.errors()[0]
+    # An unknown key explains a missing one better than the other way round.
+    first = min(error.errors(), key=lambda mistake: mistake["type"] != "extra_forbidden")
     path = [str(part) for part in first["loc"]]
     field = ".".join([where, *path] if where else path)
     if first["type"] == "extra_forbidden":
