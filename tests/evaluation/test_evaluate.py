@@ -8,6 +8,7 @@ import torch
 from torch.nn import functional
 
 from isoform.contracts import Document
+from isoform.data.batches import collate
 from isoform.errors import ConfigError
 from isoform.evaluation.evaluate import evaluate
 from isoform.models.gpt2 import GPT2
@@ -173,6 +174,42 @@ def test_answers_are_generated_and_compared(tokenizer, model) -> None:
         "stats": {"correct": 1.0, "examples": 1.0},
     }
     assert result.rows[0]["value"] == pytest.approx(8 / 9)
+
+
+@pytest.mark.parametrize("max_new_tokens", [None, 2])
+def test_answers_are_judged_without_being_generated(tokenizer, max_new_tokens, monkeypatch) -> None:
+    """A model trained until it answers some of the questions is scored alike both ways."""
+    objective, dataset = answers(tokenizer)
+    learner = GPT2.tiny(vocab_size=tokenizer.vocab_size, max_positions=CONTEXT).double()
+    optimizer = torch.optim.Adam(learner.parameters(), 3e-3)
+    batch = collate([objective.prepare(encoded, np.random.default_rng(0)) for encoded in dataset])
+    shares = []
+    for _ in range(12):
+        for _ in range(4):
+            optimizer.zero_grad()
+            objective.loss(learner, batch, learner(batch))["loss"].total.backward()
+            optimizer.step()
+        way = {"split": "dev", "metrics": ["exact_match", "loss"], "max_new_tokens": max_new_tokens}
+        generated = evaluate(learner, objective, dataset, **way)
+        with monkeypatch.context() as patch:
+            if max_new_tokens is None:
+                patch.setattr("isoform.evaluation.evaluate.generate", lambda _, prompts, **__: [*map(refuse, prompts)])
+            assert evaluate(learner, objective, dataset, **way, keep_predictions=0).rows == generated.rows
+        shares.append(generated.rows[0]["value"])
+    assert max_new_tokens == 2 or (shares[0] < 0.5 < shares[-1] and len(set(shares)) > 2)
+
+
+def refuse(prompt):
+    raise AssertionError(f"{prompt.text} was generated")
+
+
+def test_an_answer_with_unknown_characters_is_never_right(tokenizer) -> None:
+    objective, _ = answers(tokenizer)
+    encoded = objective.encode(Document("d", {"question": "a", "answer": "cab東"}))
+    model = GPT2.tiny(vocab_size=tokenizer.vocab_size, max_positions=CONTEXT).double()
+    for keep in (None, 0):
+        way = {"split": "dev", "metrics": ["exact_match"], "keep_predictions": keep}
+        assert evaluate(model, objective, [encoded], **way).rows[0]["value"] == 0.0
 
 
 def test_few_predictions_are_kept_but_all_are_counted(model, tokenizer) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import numpy as np
 
 from isoform import chance
-from isoform.contracts import Batch, Encoded, Metric, Model, Objective, Output, Prompt, Sample, Tokenizer
+from isoform.contracts import IGNORE, Batch, Encoded, Metric, Model, Objective, Output, Prompt, Sample, Tokenizer
 from isoform.errors import ConfigError
 from isoform.evaluation.generate import generate
 from isoform.evaluation.metrics import build_metrics, result_row
@@ -88,6 +88,10 @@ def evaluate(
     metrics: names; None: the objective's own. keep_predictions: the most rows to keep; None: all. rank, world: this
     process scores every world-th example; gather: the lists of all ranks end to end.
 
+    Where no prediction is kept, answers are judged without being generated, in the one pass over the true text: greedy
+    decoding says the expected tokens if and only if each is the first choice after those before it. Only an answer
+    that spells the expected text in other tokens than the tokenizer's own is then missed.
+
     Raises: ConfigError where a metric needs answers that the objective does not generate.
     """
     scored = cast(ScoredObjective, objective)
@@ -96,11 +100,15 @@ def evaluate(
     way = _Way(model, batch_tokens, device, autocast)
     mine = list(range(rank, len(dataset), world))
     rows: dict[int, dict[str, Any]] = {index: _empty_row(dataset[index], split) for index in mine}
-    if wanted - ANSWER_COLUMNS:
+    judged: set[int] = set()
+    if wanted - ANSWER_COLUMNS or (wanted and keep_predictions == 0):
         for index, stats in _likelihoods(way, scored, dataset, mine):
+            if keep_predictions == 0 and wanted & ANSWER_COLUMNS and _is_told(scored, dataset[index], max_new_tokens):
+                stats |= {"correct": float(stats["correct_tokens"] == stats["tokens"]), "examples": 1.0}
+                judged.add(index)
             rows[index]["stats"].update({name: value for name, value in stats.items() if name in wanted})
     if wanted & ANSWER_COLUMNS:
-        _answers(way, scored, dataset, rows, max_new_tokens)
+        _answers(way, scored, dataset, {index: rows[index] for index in mine if index not in judged}, max_new_tokens)
     gathered = sorted(gather(list(rows.items())))
     predictions = _distinct_ids([row for _, row in gathered])
     kept = predictions if keep_predictions is None else predictions[:keep_predictions]
@@ -199,6 +207,23 @@ def _answers(
             said = objective.tokenizer.decode(generation.tokens)
             rows[index].update(input=prompt.text, gold=prompt.gold, prediction=said)
             rows[index]["stats"].update(correct=float(said == prompt.gold), examples=1.0)
+
+
+def _is_told(objective: ScoredObjective, encoded: Encoded, max_new_tokens: int | None) -> bool:
+    """Whether what is asked of the example is its prompt's answer, from the first token to the stop token."""
+    prompt, sample = _question(objective, encoded), _fixed_sample(objective, encoded)
+    size = len(prompt.tokens)
+    if sample.targets is None or not np.array_equal(sample.tokens[:size], prompt.tokens):
+        return False
+    answer, stop = sample.targets[size - 1 : -1], int(sample.targets[-1])
+    limit = prompt.max_new_tokens if max_new_tokens is None else min(prompt.max_new_tokens, max_new_tokens)
+    return (
+        bool((sample.targets[: size - 1] == IGNORE).all())
+        and not np.isin(answer, [IGNORE, *prompt.stop]).any()
+        and stop in prompt.stop
+        and len(answer) <= limit
+        and objective.tokenizer.decode(answer) == prompt.gold
+    )
 
 
 def _question(objective: Objective, encoded: Encoded) -> Prompt:

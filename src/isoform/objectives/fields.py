@@ -43,4 +43,6 @@ def special_id(tokenizer: Tokenizer, role: str, where: str) -> int:
 
 def tokens_of(*pieces: IntArray | Sequence[int] | int) -> IntArray:
     """Token ids end to end, int32 `(t,)`."""
-    return np.concatenate([np.atleast_1d(np.asarray(piece, dtype=np.int32)) for piece in pieces])
+    return np.concatenate(
+        [piece if isinstance(piece, np.ndarray) else np.array(piece, dtype=np.int32, ndmin=1) for piece in pieces]
+    )
