@@ -98,7 +98,7 @@ def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     written(tmp_path, "set/readme.md", "no\n")
     source = open_source("set", DataConfig(root=str(tmp_path)), ("text",))
     assert [document.fields["text"] for document in source] == ["one", "two"]
-    assert [document.meta["source"] for document in source] == [os.path.join("set", "a", "x.jsonl"), "set/b.txt"]
+    assert [document.meta["source"] for document in source] == [str(Path("set/a/x.jsonl")), str(Path("set/b.txt"))]
     assert isinstance(source, Source)
 
 

@@ -15,75 +15,23 @@ or not at all, and is checked by hash when it is opened; a damaged one is built 
 from __future__ import annotations
 
 import json
-import mmap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from isoform import storage
 from isoform.config import DataConfig
-from isoform.contracts import Document, Encoded, IntArray, Ints, Objective, Source, Tokenizer
+from isoform.contracts import Document, Encoded, Ints, Objective, Source, Tokenizer
+from isoform.data.shards import FieldReader, FieldWriter, GrowingNumbers, MappedNumbers, Pages
 from isoform.data.windows import Windower
 from isoform.errors import LockedError
 
 FORMAT = 1
-# Mapped pages count as this process's memory until they are given back; they are, after so many bytes were read.
-MAPPED_BYTES = 64_000_000
-
-
-# ------------------------------------------------------------------------------------------------------------- reading
-
-
-class _Mapped:
-    """A file of numbers, mapped; pages that were read are handed back now and then, so that memory stays bounded."""
-
-    def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
-        self.dtype = np.dtype(dtype)
-        self.size = path.stat().st_size // self.dtype.itemsize
-        self._read = 0
-        with path.open("rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) if self.size else None
-
-    def __getitem__(self, place: slice) -> npt.NDArray[Any]:
-        """A copy of the numbers `place.start` to `place.stop`."""
-        if self._map is None:
-            return np.zeros(0, dtype=self.dtype)
-        part = np.frombuffer(self._map, dtype=self.dtype)[place].copy()
-        self._read += max(part.nbytes, mmap.PAGESIZE)
-        if self._read > MAPPED_BYTES:
-            self._map.madvise(mmap.MADV_DONTNEED)
-            self._read = 0
-        return part
-
-
-class _Field:
-    """The ids of one field over all shards."""
-
-    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
-        self.shard_tokens = shard_tokens
-        self.starts = _Mapped(folder / f"{name}.starts", np.int64)
-        self.lengths = _Mapped(folder / f"{name}.lengths", np.int32)
-        self._shards = [_Mapped(path, dtype) for path in sorted(folder.glob(f"{name}.*.tokens"))]
-
-    def ids(self, index: int) -> IntArray | None:
-        """The sample's ids, or None where it has no such field."""
-        start, length = int(self.starts[index : index + 1][0]), int(self.lengths[index : index + 1][0])
-        if length < 0:
-            return None
-        parts = []
-        while length:
-            shard, place = divmod(start, self.shard_tokens)
-            part = self._shards[shard][place : min(place + length, self.shard_tokens)].astype(np.int32)
-            parts.append(part)
-            start, length = start + len(part), length - len(part)
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int32)
 
 
 class Dataset:
@@ -101,14 +49,15 @@ class Dataset:
         self.fingerprint: str = manifest["key"]
         self._num: int = manifest["samples"]
         self._expected = fields
-        self._fields = {
-            name: _Field(folder, name, manifest["dtype"], manifest["shard_tokens"]) for name in manifest["fields"]
-        }
-        self._bytes = _Mapped(folder / "bytes", np.int64)
-        self._ids = _Mapped(folder / "ids", np.uint8)
-        self._id_ends = _Mapped(folder / "ids.ends", np.int64)
-        self._documents = _Mapped(folder / "documents", np.uint8) if manifest["keeps_documents"] else None
-        self._document_starts = _Mapped(folder / "documents.starts", np.int64) if self._documents else None
+        pages = Pages()
+        dtype, shard_tokens = manifest["dtype"], manifest["shard_tokens"]
+        self._fields = {name: FieldReader(folder, name, dtype, shard_tokens, pages) for name in manifest["fields"]}
+        self._bytes = MappedNumbers(folder / "bytes", "i8", pages)
+        self._ids = MappedNumbers(folder / "ids", "u1", pages)
+        self._id_ends = MappedNumbers(folder / "ids.ends", "i8", pages)
+        keeps = manifest["keeps_documents"]
+        self._documents = MappedNumbers(folder / "documents", "u1", pages) if keeps else None
+        self._document_starts = MappedNumbers(folder / "documents.starts", "i8", pages) if keeps else None
 
     def __len__(self) -> int:
         return self._num
@@ -117,16 +66,15 @@ class Dataset:
         if not 0 <= index < self._num:
             raise IndexError(index)
         fields = {name: ids for name, stored in self._fields.items() if (ids := stored.ids(index)) is not None}
-        return Encoded(self.id(index), fields, int(self._bytes[index : index + 1][0]), self.document(index))
+        return Encoded(self.id(index), fields, self._bytes.number(index), self.document(index))
 
     def __iter__(self) -> Iterator[Encoded]:
         return (self[index] for index in range(len(self)))
 
     def id(self, index: int) -> str:
         """The sample's id: its document's, with `#k` for the k-th window."""
-        ends = self._id_ends[max(index - 1, 0) : index + 1]
-        start = int(ends[0]) if index else 0
-        return self._ids[start : int(ends[-1])].tobytes().decode()
+        start = self._id_ends.number(index - 1) if index else 0
+        return self._ids.read(start, self._id_ends.number(index)).decode()
 
     @property
     def ids(self) -> list[str]:
@@ -138,7 +86,8 @@ class Dataset:
         """Field -> number of ids of each sample `(N,)`, 0 where the field is missing."""
         absent = {name: np.zeros(self._num, dtype=np.int64) for name in self._expected}
         return absent | {
-            name: np.maximum(stored.lengths[0 : self._num].astype(np.int64), 0) for name, stored in self._fields.items()
+            name: np.maximum(stored.lengths.array(0, self._num).astype(np.int64), 0)
+            for name, stored in self._fields.items()
         }
 
     @property
@@ -150,11 +99,11 @@ class Dataset:
         """The raw document, where it was kept and was not cut into windows."""
         if self._documents is None or self._document_starts is None:
             return None
-        start = int(self._document_starts[index : index + 1][0])
+        start = self._document_starts.number(index)
         if start < 0:
             return None
-        size = int.from_bytes(self._documents[start : start + 8].tobytes(), "little")
-        identity, fields, meta = json.loads(self._documents[start + 8 : start + 8 + size].tobytes())
+        size = int.from_bytes(self._documents.read(start, start + 8), "little")
+        identity, fields, meta = json.loads(self._documents.read(start + 8, start + 8 + size))
         return Document(identity, fields, meta)
 
 
@@ -218,70 +167,6 @@ class _waited:
         self._stack.close()
 
 
-class _Column:
-    """A file of numbers that grows."""
-
-    def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
-        self._file = path.open("wb")
-        self._dtype = np.dtype(dtype)
-
-    def write(self, values: npt.ArrayLike) -> None:
-        self._file.write(np.asarray(values, dtype=self._dtype).tobytes())
-
-    def close(self) -> None:
-        self._file.close()
-
-
-class _Tokens:
-    """Ids of one field, shard by shard."""
-
-    def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int, missing: int) -> None:
-        self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens
-        self._starts = _Column(folder / f"{name}.starts", np.int64)
-        self._lengths = _Column(folder / f"{name}.lengths", np.int32)
-        self._shard: _Column | None = None
-        self.num_tokens = 0
-        self.num_samples = 0
-        self._skip(missing)
-
-    def _skip(self, number: int) -> None:
-        self._starts.write(np.zeros(number))
-        self._lengths.write(np.full(number, -1))
-        self.num_samples += number
-
-    def add(self, ids: IntArray, ranges: Sequence[tuple[int, int]]) -> None:
-        """The ids of a document, and the (start, length) of each sample in them."""
-        for start, length in ranges:
-            self._starts.write(self.num_tokens + start)
-            self._lengths.write(length)
-        self.num_samples += len(ranges)
-        rest = ids
-        while len(rest):
-            shard, place = divmod(self.num_tokens, self._shard_tokens)
-            if place == 0:
-                self.close_shard()
-                self._shard = _Column(self._folder / f"{self._name}.{shard:05d}.tokens", self._dtype)
-            assert self._shard is not None
-            part = rest[: self._shard_tokens - place]
-            self._shard.write(part)
-            self.num_tokens += len(part)
-            rest = rest[len(part) :]
-
-    def fill(self, number: int) -> None:
-        """Marks the field as missing in the samples up to `number`."""
-        self._skip(number - self.num_samples)
-
-    def close_shard(self) -> None:
-        if self._shard is not None:
-            self._shard.close()
-            self._shard = None
-
-    def close(self) -> None:
-        self.close_shard()
-        self._starts.close()
-        self._lengths.close()
-
-
 @dataclass
 class _Writer:
     """All files of a store that is being built."""
@@ -290,47 +175,48 @@ class _Writer:
     dtype: str
     shard_tokens: int
     keep_documents: bool
-    fields: dict[str, _Tokens] = field(default_factory=dict)
+    fields: dict[str, FieldWriter] = field(default_factory=dict)
     num_samples: int = 0
 
     def __post_init__(self) -> None:
-        self._bytes = _Column(self.folder / "bytes", np.int64)
-        self._ids = _Column(self.folder / "ids", np.uint8)
-        self._id_ends = _Column(self.folder / "ids.ends", np.int64)
-        self._id_end = 0
+        self._bytes = GrowingNumbers(self.folder / "bytes", "i8")
+        self._ids = GrowingNumbers(self.folder / "ids", "u1")
+        self._id_ends = GrowingNumbers(self.folder / "ids.ends", "i8")
+        self._id_end = self._document_end = 0
         self._columns = [self._bytes, self._ids, self._id_ends]
         if self.keep_documents:
-            self._documents = _Column(self.folder / "documents", np.uint8)
-            self._document_starts = _Column(self.folder / "documents.starts", np.int64)
-            self._document_end = 0
+            self._documents = GrowingNumbers(self.folder / "documents", "u1")
+            self._document_starts = GrowingNumbers(self.folder / "documents.starts", "i8")
             self._columns += [self._documents, self._document_starts]
 
-    def add(self, document: Document, encoded: Encoded, ranges: Sequence[tuple[int, int]], num_bytes: Ints) -> None:
+    def add(
+        self, document: Document, encoded: Encoded, ranges: Sequence[tuple[int, int]], num_bytes: list[int]
+    ) -> None:
         """One document: one sample, or a window of its text for each of several ranges."""
-        cut = len(ranges) > 1
         for name, ids in encoded.fields.items():
             if name not in self.fields:
-                self.fields[name] = _Tokens(self.folder, name, self.dtype, self.shard_tokens, self.num_samples)
+                self.fields[name] = FieldWriter(self.folder, name, self.dtype, self.shard_tokens)
+                self.fields[name].fill(self.num_samples)
             self.fields[name].add(ids, ranges if name == "text" else [(0, len(ids))] * len(ranges))
         self.num_samples += len(ranges)
         for tokens in self.fields.values():
             tokens.fill(self.num_samples)
         for number in range(len(ranges)):
-            name = f"{encoded.id}#{number}" if cut else encoded.id
-            self._ids.write(np.frombuffer(name.encode(), dtype=np.uint8))
-            self._id_end += len(name.encode())
-            self._id_ends.write(self._id_end)
-        self._bytes.write(num_bytes)
+            identity = (f"{encoded.id}#{number}" if len(ranges) > 1 else encoded.id).encode()
+            self._ids.write(identity)
+            self._id_end += len(identity)
+            self._id_ends.append([self._id_end])
+        self._bytes.append(num_bytes)
         if self.keep_documents:
             self._keep(document, len(ranges))
 
     def _keep(self, document: Document, num_samples: int) -> None:
         if num_samples > 1:
-            self._document_starts.write(np.full(num_samples, -1))
+            self._document_starts.append([-1] * num_samples)
             return
         line = json.dumps([document.id, dict(document.fields), dict(document.meta)], default=str).encode()
-        self._document_starts.write(self._document_end)
-        self._documents.write(np.frombuffer(len(line).to_bytes(8, "little") + line, dtype=np.uint8))
+        self._document_starts.append([self._document_end])
+        self._documents.write(len(line).to_bytes(8, "little") + line)
         self._document_end += 8 + len(line)
 
     def close(self) -> None:
@@ -395,7 +281,7 @@ def _fill(
         ranges, num_bytes, dropped = windower.cut(document, encoded)
         writer.add(document, encoded, ranges, num_bytes)
         report["tokens"] += num_tokens
-        report["bytes"] += int(num_bytes.sum())
+        report["bytes"] += sum(num_bytes)
         report["unknown_tokens"] += sum(int(np.count_nonzero(ids == unknown)) for ids in encoded.token_fields)
         report["documents_cut"] += len(ranges) > 1
         report["documents_truncated"] += dropped > 0

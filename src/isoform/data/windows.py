@@ -28,8 +28,8 @@ class Windower:
         self._max_tokens = max_tokens
         self.key = [policy, self._window, max_tokens, objective.windowed]
 
-    def cut(self, document: Document, encoded: Encoded) -> tuple[list[tuple[int, int]], Ints, int]:
-        """((start, length) of each window in the document's text, bytes of each `(w,)`, tokens that are dropped).
+    def cut(self, document: Document, encoded: Encoded) -> tuple[list[tuple[int, int]], list[int], int]:
+        """((start, length) of each window in the document's text, bytes of each, tokens that are dropped).
 
         Raises: DataError where the document is too long and the policy is `refuse`.
         """
@@ -39,19 +39,19 @@ class Windower:
             over = num_tokens - self._max_tokens
             if over > 0 and self._policy == "refuse":
                 raise self._too_long(document, num_tokens, self._max_tokens)
-            return [(0, len(ids) if ids is not None else 0)], np.array([encoded.num_bytes]), max(over, 0)
+            return [(0, len(ids) if ids is not None else 0)], [encoded.num_bytes], max(over, 0)
         if len(ids) <= self._window:
-            return [(0, len(ids))], np.array([encoded.num_bytes]), 0
+            return [(0, len(ids))], [encoded.num_bytes], 0
         if self._policy == "refuse":
             raise self._too_long(document, len(ids), self._window)
         if self._policy == "truncate":
             before = self._bytes_before(ids, encoded.num_bytes, np.array([self._window]))
-            return [(0, self._window)], before, len(ids) - self._window
+            return [(0, self._window)], before.tolist(), len(ids) - self._window
         starts = np.arange(0, len(ids) - 1, max(1, self._window - 1))
         ends = np.minimum(starts + self._window, len(ids))
         before = self._bytes_before(ids, encoded.num_bytes, ends)
         ranges = list(zip(starts.tolist(), (ends - starts).tolist(), strict=True))
-        return ranges, np.diff(before, prepend=0), 0
+        return ranges, np.diff(before, prepend=0).tolist(), 0
 
     def _bytes_before(self, ids: IntArray, num_bytes: int, ends: Ints) -> Ints:
         """UTF-8 bytes of the text before each end, in the proportion of the tokens' own widths."""

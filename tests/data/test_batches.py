@@ -1,0 +1,58 @@
+"""Samples end to end: nothing lost, nothing added but one filler that asks for nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from isoform.chance import key64
+from isoform.contracts import IGNORE, Sample
+from isoform.data.batches import collate
+
+
+def sample(number: int, length: int, **more: object) -> Sample:
+    rng = np.random.default_rng(number)
+    tokens, targets = rng.integers(0, 99, (2, length)).astype(np.int32)
+    return Sample(f"s{number}", tokens, targets, num_bytes=length, **more)  # type: ignore[arg-type]
+
+
+@settings(max_examples=60, deadline=None)
+@given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=8), filler=st.sampled_from([None, 1, 8, 64]))
+def test_samples_come_back(lengths: list[int], filler: int | None) -> None:
+    samples = [sample(number, length) for number, length in enumerate(lengths)]
+    batch = collate(samples, filler_to=filler)
+    assert batch.tokens.dtype == batch.positions.dtype == torch.int64
+    assert len(batch.tokens) == batch.sequences.num_tokens == len(batch.positions)
+    assert filler is None or len(batch.tokens) % filler == 0
+    assert batch.num_filler == len(batch.sequences) - len(samples) <= 1
+    assert batch.sample_keys.tolist()[: len(samples)] == [key64(one.id) for one in samples]
+    assert batch.sample_ids == tuple(one.id for one in samples)
+    assert batch.num_bytes == sum(lengths)
+    assert batch.targets is not None
+    start = 0
+    for one in samples:
+        end = start + len(one.tokens)
+        assert batch.tokens[start:end].tolist() == one.tokens.tolist()
+        assert batch.targets[start:end].tolist() == one.targets.tolist()  # type: ignore[union-attr]
+        assert batch.positions[start:end].tolist() == list(range(end - start))
+        start = end
+    assert (batch.targets[start:] == IGNORE).all()
+
+
+def test_labels_weights_segments_and_sources() -> None:
+    inner = sample(9, 3)
+    samples = [
+        sample(0, 2, label=1, weight=0.5, segments=np.array([0, 1]), source=inner),
+        sample(1, 3, label=0, segments=np.array([1, 1, 0]), source=sample(8, 2)),
+    ]
+    batch = collate(samples, filler_to=8)
+    assert batch.labels is not None and batch.labels.tolist() == [1, 0]
+    assert batch.weights is not None and batch.weights.tolist() == [0.5, 1.0, 0.0]
+    assert batch.segments is not None and batch.segments.tolist() == [0, 1, 1, 1, 0, 0, 0, 0]
+    assert batch.source is not None and batch.source.tokens[:3].tolist() == inner.tokens.tolist()
+    numbers = collate([sample(0, 2, label=(0.0, 1.5)), sample(1, 2, label=(1.0, 0.0))])
+    assert numbers.labels is not None and numbers.labels.tolist() == [[0.0, 1.5], [1.0, 0.0]]
+    bare = collate([Sample("a", np.array([1, 2], dtype=np.int32))])
+    assert bare.targets is None and bare.labels is None and bare.weights is None and bare.source is None
