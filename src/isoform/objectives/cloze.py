@@ -50,8 +50,10 @@ class Cloze(TokenObjective):
         # spans asked for in one view
         single_fraction: float = Field(0.3, ge=0, le=1)
         # of views: one span alone; the others ask for a number uniform in {1 .. max_asks}
+        first_fraction: float = Field(0.5, ge=0, le=1)
+        # of views with one span: it is the document's first; in the others any of the candidates
         bare_fraction: float = Field(0.1, ge=0, le=1)
-        # of spans: no word before it
+        # of asks for the first span: no word before it; any other span keeps one
         drop_fraction: float = Field(0.2, ge=0, le=1)
         # of words: dropped
         shuffle_fraction: float = Field(0.15, ge=0, le=1)
@@ -127,7 +129,7 @@ class Cloze(TokenObjective):
         pieces: list[IntArray] = []
         asked: list[bool] = []
         for number, place in enumerate(self._chosen(len(spans), rng)):
-            before = self._before(words, int(spans[place, 0]), rng)
+            before = self._before(words, int(spans[place, 0]), rng, may_be_bare=place == 0)
             shown = [text[start:stop] for start, stop in before]
             if number == 0:
                 shown.insert(int(rng.integers(len(shown) + 1)), name)
@@ -142,15 +144,23 @@ class Cloze(TokenObjective):
     def _chosen(self, num_spans: int, rng: np.random.Generator) -> list[int]:
         """The spans that a view asks for, in the order in which it does."""
         most = 1 if rng.random() < self.config.single_fraction else int(rng.integers(1, self.config.max_asks + 1))
-        return [int(place) for place in rng.permutation(num_spans)[:most]]
+        order = [int(place) for place in rng.permutation(num_spans)]
+        is_first = rng.random() < self.config.first_fraction
+        return [0] if most == 1 and is_first else order[:most]
 
-    def _before(self, words: IntArray, start: int, rng: np.random.Generator) -> IntArray:
-        """Some of the words before a span, `(w, 2)`."""
-        if rng.random() < self.config.bare_fraction:
-            return words[:0]
+    def _before(self, words: IntArray, start: int, rng: np.random.Generator, *, may_be_bare: bool) -> IntArray:
+        """Some of the words before a span, `(w, 2)`; without any word only the first span can be meant."""
+        bare = rng.random() < self.config.bare_fraction
+        least = 0 if may_be_bare else 1
+        num_words = int(rng.integers(least, max(least, self.config.max_words) + 1))
+        kept = rng.random(num_words) >= self.config.drop_fraction
         stop = int(np.searchsorted(words[:, 0], start))
-        chosen = words[max(0, stop - int(rng.integers(self.config.max_words + 1))) : stop]
-        chosen = chosen[rng.random(len(chosen)) >= self.config.drop_fraction]
+        nearest = words[max(0, stop - num_words) : stop]
+        chosen = nearest[kept[: len(nearest)]]
+        if may_be_bare and bare:
+            return words[:0]
+        if not may_be_bare and not len(chosen):
+            chosen = nearest[-1:]
         return rng.permutation(chosen) if rng.random() < self.config.shuffle_fraction else chosen
 
     def _joined(self, parts: list[IntArray]) -> IntArray:

@@ -20,6 +20,11 @@ from isoform.data.corpus import Dataset
 from isoform.data.plan import BatchPlan, micro_batches, split_for_ranks
 
 
+# oneDNN builds and keeps a kernel for each new number of rows, which costs more than the few tokens that it takes to
+# make them alike.
+FRIENDLY_TOKENS = 64
+
+
 @dataclass(frozen=True)
 class GlobalStep:
     """This rank's share of one optimiser update."""
@@ -30,6 +35,8 @@ class GlobalStep:
     counts: dict[str, float]
     # loss part -> what it is divided by, this rank's share
     sample_ids: tuple[str, ...]
+    num_tokens: int
+    # read by the model, filler not counted
 
 
 class Feed:
@@ -66,7 +73,8 @@ class Feed:
             samples = [_silent(self._prepare(int(chosen[0]), epoch))]
         sizes = np.array([len(sample.tokens) for sample in samples])
         groups = micro_batches(np.arange(len(samples)), sizes, self.micro_batch_tokens)
-        batches = [collate([samples[i] for i in group]) for group in groups]
+        friendly = min(FRIENDLY_TOKENS, int(sizes.max()))
+        batches = [collate([samples[i] for i in group], filler_to=friendly) for group in groups]
         dropout_key = chance.key64(self.seed, "dropout", step)
         counts: dict[str, float] = {}
         for batch in batches:
@@ -75,7 +83,7 @@ class Feed:
                 batch.source.dropout_key = dropout_key
             for name, count in self.objective.counts(batch).items():
                 counts[name] = counts.get(name, 0.0) + count
-        return GlobalStep(step, epoch, batches, counts, tuple(sample.id for sample in samples))
+        return GlobalStep(step, epoch, batches, counts, tuple(sample.id for sample in samples), int(sizes.sum()))
 
     def ahead(self, start: int, stop: int) -> Iterator[GlobalStep]:
         """Steps start .. stop-1 in order, the next one being prepared while the caller computes."""

@@ -217,7 +217,7 @@ class Loop:
     def _log(self, step: GlobalStep, totals: dict[str, float], counts: dict[str, float], seconds: float) -> None:
         means = {name: total / max(1.0, counts[name]) for name, total in totals.items()}
         loss = means["loss"] if "loss" in means else sum(totals.values()) / max(1.0, sum(counts.values()))
-        tokens = sum(batch.tokens.numel() for batch in step.batches) * self.accelerator.num_processes
+        tokens = step.num_tokens * self.accelerator.num_processes
         if self.state.step % self.train.log_every_steps == 0 or self.state.step == self.run.num_steps:
             parts = {f"loss_{name}": value for name, value in means.items() if name != "loss"}
             self.log.step(
