@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, field_validator
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
@@ -26,6 +27,7 @@ from isoform.text.tokenizers import TextTokenizer
 
 Role = Literal["pad", "unk", "bos", "eos", "mask", "sep", "cls"]
 MAX_ALPHABET = 1000
+BLOCK_CHARACTERS = 1_000_000
 
 
 class TokenizerOptions(Options):
@@ -73,11 +75,8 @@ class Char:
         """The characters of the texts, the most frequent ones where there are too many."""
         special = _angle_tokens(config)
         normalizer = normalizers.Lowercase() if config.lowercase else None
-        seen: Counter[str] = Counter()
-        for text in texts:
-            seen.update(text)
         counts: Counter[str] = Counter()
-        for character, count in seen.items():
+        for character, count in _character_counts(texts).items():
             for lower in normalizer.normalize_str(character) if normalizer else character:
                 counts[lower] += count
         frequent = _most_frequent(counts, config.vocab_size - len(special), config.min_frequency)
@@ -202,6 +201,29 @@ class WordPiece:
         trained.normalizer, trained.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
         trained.decoder = decoders.WordPiece(prefix="##", cleanup=False)
         return _with_special(trained, special)
+
+
+def _character_counts(texts: Iterable[str]) -> dict[str, int]:
+    """How often each character stands in the texts, a block of texts at a time."""
+    totals = np.zeros(0x110000, dtype=np.int64)
+    block: list[str] = []
+    size = 0
+
+    def flush() -> None:
+        codes = np.frombuffer("".join(block).encode("utf-32-le"), dtype=np.uint32)
+        if len(codes):
+            found = np.bincount(codes)
+            totals[: len(found)] += found
+        block.clear()
+
+    for text in texts:
+        block.append(text)
+        size += len(text)
+        if size > BLOCK_CHARACTERS:
+            flush()
+            size = 0
+    flush()
+    return {chr(code): int(totals[code]) for code in np.flatnonzero(totals).tolist()}
 
 
 def _with_unknown(value: tuple[Role, ...]) -> tuple[Role, ...]:
