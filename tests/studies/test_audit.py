@@ -185,6 +185,11 @@ def test_an_option_that_does_something_is_not_refused(folder: Path, changes: str
     assert dead(layout(folder, plain(changes))) == []
 
 
+def test_an_option_inside_a_section_that_only_one_arm_has_is_tried_by_itself(folder: Path) -> None:
+    message = one(dead(layout(folder, plain("model.position={kind: inert, base: 2.0}"))), "refuse")
+    assert message.startswith("model.position.base does nothing: its default in arm first and 2.0 in arm second")
+
+
 def test_looking_more_often_is_something_where_a_metric_selects(folder: Path) -> None:
     select = {"train": {"select": {"metric": "loss", "split": "dev"}}}
     for option in ("evaluate_every_steps", "patience"):

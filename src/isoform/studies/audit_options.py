@@ -129,6 +129,8 @@ def _plain(config: RunConfig) -> Values:
 
 def _differing(ours: Any, theirs: Any, path: Path = ()) -> Iterator[Path]:
     """Paths of differing options; a section of another kind is one, and what it sets beside that further ones."""
+    if theirs is MISSING and isinstance(ours, dict) and any(key in ours for key in KINDS):
+        theirs = {}
     if not (isinstance(ours, dict) and isinstance(theirs, dict)):
         if ours != theirs:
             yield path
