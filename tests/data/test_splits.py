@@ -165,6 +165,8 @@ def test_clean_files_pass(tmp_path: Path) -> None:
     loaded = load(tmp_path, **FILES)
     assert loaded.report["documents"] == {"train": 5, "dev": 5, "test": 5}
     assert all(row["exact"] == row["near"] == 0 for row in loaded.report["overlap"])
+    assert list(loaded.report["sources"]["dev"]) == ["dev.jsonl"]
+    json.dumps(loaded.report)
 
 
 def test_the_same_input_with_another_label_is_overlap(tmp_path: Path) -> None:

@@ -18,20 +18,20 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
 from isoform.contracts import Ints
+from isoform.data.blocks import blocks
 from isoform.data.identity import Hashes
 
 SHINGLE_WORDS = 3
 SKETCH_HASHES = 128
 MIN_SHARED = 4
 FORMULA_DOCUMENTS = 20
-BLOCK_CHARACTERS = 2_000_000
 MAX_WORDS_REMEMBERED = 500_000
 # Scripts that do not part words are taken character by character.
 UNPARTED = re.compile(r"([\u3040-\u30ff\u3400-\u9fff])")
@@ -112,20 +112,6 @@ def sketch_block(texts: list[str]) -> Sketches:
     rank = np.arange(len(at)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
     kept = rank < SKETCH_HASHES
     return Sketches(shingles[kept], at[kept], sizes)
-
-
-def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
-    """The texts in lists of bounded size."""
-    block: list[str] = []
-    size = 0
-    for text in texts:
-        block.append(text)
-        size += len(text) + 50
-        if size > BLOCK_CHARACTERS:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
 
 
 def sketch(texts: Iterable[str]) -> Sketches:

@@ -9,17 +9,16 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import numpy as np
 
 from isoform.contracts import Document, Source
+from isoform.data.blocks import blocks
 from isoform.data.identity import OUTCOMES, Hashes, input_hash
 from isoform.data.near import Finder, Pair, Sketches, near_pairs, sketch
 from isoform.storage import fingerprint
 
-BLOCK_DOCUMENTS = 2048
 MAX_EXAMPLES = 3
 EXCERPT_CHARACTERS = 120
 
@@ -155,8 +154,7 @@ def _against_train(train: Source, held: _Held, rows: _Rows, threshold: float) ->
     finder = Finder(held.sketches, threshold)
     hashes: array[int] = array("Q")
     dropped: set[int] = set()
-    documents = iter(train)
-    while block := list(islice(documents, BLOCK_DOCUMENTS)):
+    for block in blocks(train):
         found = np.array([input_hash(document) for document in block], dtype=np.uint64)
         hashes.extend(found.tolist())
         finder.see([input_text(document) for document in block])

@@ -5,12 +5,12 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from isoform.contracts import Document, Source
+from isoform.data.blocks import blocks
 from isoform.data.identity import Occurrences, input_hash
 from isoform.data.near import near_pairs, sketch
 from isoform.data.overlap import find_overlap, input_text, place
@@ -25,7 +25,6 @@ MAX_LABELS = 50
 MAX_EXAMPLES = 5
 # Near duplicates within a source are looked for among so many documents: the first ones, where there are more.
 MAX_COMPARED = 200_000
-BLOCK_DOCUMENTS = 512
 EXCERPT_CHARACTERS = 160
 
 
@@ -73,8 +72,7 @@ class _Counts:
 
     def texts(self, source: Source) -> Iterator[str]:
         """Counts everything; gives back the first documents' texts, to be compared."""
-        documents = iter(source)
-        while block := list(islice(documents, BLOCK_DOCUMENTS)):
+        for block in blocks(source):
             hashes = np.array([input_hash(document) for document in block], dtype=np.uint64)
             repeated = self._occurrences.number(hashes)
             self._count_tokens(block)

@@ -23,6 +23,7 @@ import numpy as np
 from isoform.config import DataConfig
 from isoform.contracts import Document
 from isoform.data import builtin, hub
+from isoform.data.blocks import blocks
 from isoform.data.identity import Occurrences, content_hash
 from isoform.data.readers import READERS, Layout, Row, format_of, open_bytes
 from isoform.errors import DataError
@@ -31,8 +32,6 @@ from isoform.storage import fingerprint
 
 # What a document's fields are called, and by which setting of `data` a column becomes one.
 KNOWN_FIELDS = ("text", "label", "question", "answer")
-# Documents whose repetitions are looked up together.
-BLOCK_DOCUMENTS = 512
 
 Alternatives = tuple[tuple[str, ...], ...]
 
@@ -64,7 +63,11 @@ class FileTable:
         return READERS[ending](self.path, self.layout)
 
     def digest(self) -> str:
-        """A hash of the bytes, not of the name or the time: every byte is read."""
+        """A hash of the bytes, not of the name or the time: every byte is read, once in the life of this object."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.blake2b(digest_size=16)
         with open_bytes(self.path) as file:
             while block := file.read(1 << 20):
@@ -78,6 +81,11 @@ class Origin:
 
     spec: str
     tables: tuple[Table, ...]
+
+    def digest(self) -> str:
+        """A hash of the content; for a set of the hub its name and commit."""
+        digests = [table.digest() for table in self.tables]
+        return digests[0] if len(digests) == 1 else fingerprint(digests)
 
 
 class DocumentSource:
@@ -95,9 +103,8 @@ class DocumentSource:
 
     def __iter__(self) -> Iterator[Document]:
         occurrences = Occurrences()
-        documents = self._unnumbered()
         empty = True
-        while block := list(islice(documents, BLOCK_DOCUMENTS)):
+        for block in blocks(self._unnumbered()):
             empty = False
             hashes = np.array([int(document.id, 16) for document in block], dtype=np.uint64)
             for document, number in zip(block, occurrences.number(hashes), strict=True):

@@ -10,7 +10,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ import numpy.typing as npt
 from isoform import chance
 from isoform.config import DataConfig, Files
 from isoform.contracts import Document
+from isoform.data.blocks import blocks
 from isoform.data.identity import Hashes, content_hash, input_hash
 from isoform.data.overlap import Overlap, find_overlap
 from isoform.data.sources import Alternatives, DocumentSource, Origin, alternatives_of, open_source
@@ -27,7 +27,6 @@ from isoform.registry import nearest
 from isoform.storage import fingerprint
 
 NAMES = ("train", "holdout", "dev", "test")
-BLOCK_DOCUMENTS = 1024
 # Codes of the splits that an assignment knows; NONE is in no split.
 NONE = 255
 
@@ -69,8 +68,7 @@ class Part:
         self._source, self._hash_of, self._keep, self._rule = source, hash_of, keep, rule
 
     def __iter__(self) -> Iterator[Document]:
-        documents = iter(self._source)
-        while block := list(islice(documents, BLOCK_DOCUMENTS)):
+        for block in blocks(self._source):
             hashes = np.array([self._hash_of(document) for document in block], dtype=np.uint64)
             kept = self._keep(hashes, block)
             yield from (document for document, yes in zip(block, kept.tolist(), strict=True) if yes)
@@ -86,7 +84,8 @@ Splittable = DocumentSource | Part
 class SplitSources:
     """The splits that there are, by name, what was counted on the way, and a hash of the whole.
 
-    report: {documents: {split: number}, overlap: [...], dropped: number of training documents, ...}.
+    report: {documents: {split: number}, overlap: rows as in `Overlap`, policy, dropped_from_train: number of documents,
+    fingerprints: {split: hash}, sources: {split: {source: hash of its bytes, or commit of the hub}}}.
     """
 
     splits: dict[str, Splittable]
@@ -128,6 +127,7 @@ def load_splits(
         "policy": data.overlap,
         "dropped_from_train": dropped,
         "fingerprints": prints,
+        "sources": {name: {origin.spec: origin.digest() for origin in split.origins} for name, split in splits.items()},
     }
     return SplitSources(splits, report, fingerprint(prints))
 
