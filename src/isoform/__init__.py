@@ -6,7 +6,8 @@
     isoform.predict("runs/try", ["Where was Ada Lovelace born?"])
     model = isoform.load("runs/try").model
 
-Every verb of the command line is a function of the same name that returns what `--json` prints. Nothing is imported
+Every verb of the command line is a function that returns what `--json` prints: `eval` is `evaluate`, and `data` is
+`passport`, since the data room has that name. Nothing is imported
 until one is called.
 """
 
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "compare",
-    "data",
     "doctor",
     "evaluate",
     "generate",
     "load",
+    "passport",
     "plan",
     "predict",
     "recipes",
@@ -76,7 +77,8 @@ def study(
     if seeds is not None:
         values["seeds"] = seeds
     folder = _folder(out, str(values.get("name", "study")))
-    return carry_out(values, folder, command=_command("study", config, set, seeds, folder), quiet=quiet)
+    results = carry_out(values, folder, command=_command("study", config, set, seeds, folder), quiet=quiet)
+    return {**results, "folder": str(folder)}
 
 
 def _command(verb: str, config: Config, settings: Sequence[str], seeds: int | None, folder: Path) -> str:
@@ -186,13 +188,19 @@ def plan(config: Config, *, set: Sequence[str] = (), seeds: int | None = None, a
     return forecast(values, attempt=attempt)
 
 
-def data(
-    source: str, *, columns: Sequence[str] | None = None, against: Sequence[str] = (), max_tokens: int = 256
+def passport(
+    source: str,
+    *,
+    columns: Sequence[str] | None = None,
+    against: Sequence[str] = (),
+    max_tokens: int = 256,
+    tokenizer: str = "char",
 ) -> dict[str, Any]:
-    """The passport of a source: sizes, lengths, truncation, duplicates, and leaks into the sources of `against`."""
+    """What is in a source: sizes, lengths, truncation, duplicates, and leaks into the sources of `against`."""
     from isoform.studies.inspect import inspect
 
-    return inspect(source, columns=list(columns) if columns else None, against=list(against), max_tokens=max_tokens)
+    names = list(columns) if columns else None
+    return inspect(source, columns=names, against=list(against), max_tokens=max_tokens, tokenizer=tokenizer)
 
 
 def compare(

@@ -21,9 +21,7 @@ app = typer.Typer(
 
 Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `isoform recipes`) or a YAML file.")]
 Model = Annotated[str, typer.Argument(help="A run folder, a model folder, or hf:owner/name[@revision].")]
-Settings = Annotated[
-    list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a field; may be repeated.")
-]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a field; may be repeated.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: runs/NAME.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Split = Annotated[str | None, typer.Option("--split", help="One of the run's own splits.")]
@@ -90,9 +88,7 @@ def evaluate(
     model: Model,
     data: Annotated[str | None, typer.Option("--data", help="A source: file, folder, hf:..., builtin:...")] = None,
     split: Split = None,
-    metric: Annotated[
-        list[str] | None, typer.Option("--metric", help="May be repeated; default: the run's.")
-    ] = None,
+    metric: Annotated[list[str] | None, typer.Option("--metric", help="May be repeated; default: the run's.")] = None,
     as_json: Json = False,
 ) -> None:
     """Metrics with intervals on a source, or on one of the run's own splits."""
@@ -188,6 +184,7 @@ def data(
     against: Annotated[list[str] | None, typer.Option("--against", help="A source that must not overlap.")] = None,
     columns: Annotated[str | None, typer.Option(help="Names of the columns of a file without a header: a,b")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Context length for the share that is cut off.")] = 256,
+    tokenizer: Annotated[str, typer.Option(help="char, word, bpe, wordpiece, or a folder with one.")] = "char",
     as_json: Json = False,
 ) -> None:
     """The passport of a source: sizes, lengths, truncation, duplicates, leaks."""
@@ -195,7 +192,7 @@ def data(
     from isoform.data.passport import render
 
     names = columns.split(",") if columns else None
-    values = isoform.data(source, columns=names, against=against or [], max_tokens=max_tokens)
+    values = isoform.passport(source, columns=names, against=against or [], max_tokens=max_tokens, tokenizer=tokenizer)
     _print_json(values) if as_json else render(values, _console())
 
 

@@ -103,7 +103,8 @@ class DataConfig(Section):
         if self.path is not None and self.train is not None:
             raise ValueError("`path` and `train` are both given; name one source with `path`, or each split's files")
         if self.holdout is not None and (self.holdout <= 0 or (isinstance(self.holdout, float) and self.holdout >= 1)):
-            raise ValueError(f"`holdout` is {self.holdout}, a fraction between 0 and 1 or a number of documents is expected")
+            expected = "a fraction between 0 and 1 or a number of documents"
+            raise ValueError(f"`holdout` is {self.holdout}, {expected} is expected")
         return self
 
 
@@ -285,12 +286,13 @@ class StudyConfig(Section):
                     raise ValueError(f"arms.{name}.stages: {stage!r} is not a stage{nearest(stage, self.stages)}")
             for key in arm.changes:
                 if key not in sections and key not in self.stages:
-                    known = [*sorted(sections), *self.stages]
-                    raise ValueError(f"arms.{name}.{key}: unknown key{nearest(key, [*known, 'stages', 'tune', 'results'])}")
+                    known = [*sorted(sections), *self.stages, "stages", "tune", "results"]
+                    raise ValueError(f"arms.{name}.{key}: unknown key{nearest(key, known)}")
         for index, question in enumerate(self.questions):
             for arm_name in question.pair:
                 if arm_name not in self.arms:
-                    raise ValueError(f"questions.{index}.pair: {arm_name!r} is not an arm{nearest(arm_name, self.arms)}")
+                    close = nearest(arm_name, self.arms)
+                    raise ValueError(f"questions.{index}.pair: {arm_name!r} is not an arm{close}")
         return self
 
 
@@ -316,10 +318,12 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
         if key_node.value in seen:
-            raise ConfigError(f"line {key_node.start_mark.line + 1}: the key {key_node.value!r} is given twice; keep one")
+            line = key_node.start_mark.line + 1
+            raise ConfigError(f"line {line}: the key {key_node.value!r} is given twice; keep one")
         seen.add(key_node.value)
     loader.flatten_mapping(node)
-    return {loader.construct_object(key, deep=True): loader.construct_object(item, deep=True) for key, item in node.value}
+    pairs = [(loader.construct_object(key, deep=True), loader.construct_object(item, deep=True)) for key, item in node.value]
+    return dict(pairs)
 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
@@ -334,7 +338,7 @@ def parse_yaml(text: str, where: str) -> Any:
     if re.search(r"(?m)(^|[\s\[{,:-])[*&][A-Za-z0-9_]+\s*($|[\s,\]}])", text):
         raise ConfigError(f"{where}: YAML anchors and aliases are not read; write the value out, or use `extends`")
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+        return yaml.load(text, Loader=_Loader)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     except yaml.YAMLError as error:

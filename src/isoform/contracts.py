@@ -49,9 +49,9 @@ class Document:
 class Encoded:
     """One document, or one window of it, as token ids: made once, cached, the same for every epoch and seed.
 
-    `fields` maps a field's name to its ids, int32 `(t,)`; a name that begins with `_` holds places in another field, not
-    tokens, and is counted nowhere. `num_bytes` is the UTF-8 size of the text that these tokens
-    stand for (the denominator of bits per byte). `document` is kept where an evaluation needs the raw text.
+    `fields` maps a field's name to its ids, int32 `(t,)`; one whose name begins with `_` holds places in another field,
+    not tokens, and is counted nowhere. `num_bytes` is the UTF-8 size of the text that these tokens stand for (the
+    denominator of bits per byte). `document` is kept where an evaluation needs the raw text.
     """
 
     id: str

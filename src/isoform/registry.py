@@ -122,7 +122,8 @@ def lookup(category: str, name: str, where: str | None = None) -> type[Any]:
     known = names(category)
     if name not in known:
         field = where or category
-        raise ConfigError(f"{field}: {name!r} is not a known {category}{nearest(name, known)}; known: {', '.join(known)}")
+        close = nearest(name, known)
+        raise ConfigError(f"{field}: {name!r} is not a known {category}{close}; known: {', '.join(known)}")
     return _classes[category, name]
 
 

@@ -58,7 +58,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     cells = []
     for stage in plan["stages"]:
         model = stage["model"]
-        flops = stage["tokens"] * (model["flops_forward"] + model["flops_backward"])
+        flops = stage["tokens"] * (model["flops_forward_per_token"] + model["flops_backward_per_token"])
         seconds = [stage.get(key) for key in ("seconds_training", "seconds_evaluating", "seconds_total")]
         cells.append(
             [

@@ -169,7 +169,7 @@ def count_text(value: Any) -> str:
         if abs(value) >= factor:
             scaled = value / (1e3 if letter == "k" else factor)
             return f"{scaled:.{max(0, 2 - math.floor(math.log10(abs(scaled))))}f}{SPACE}{letter}"
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.3g}"
+    return f"{value:,.0f}" if float(value).is_integer() or abs(value) >= 100 else f"{value:,.3g}"
 
 
 def duration_text(seconds: Any) -> str:

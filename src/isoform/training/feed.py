@@ -19,7 +19,6 @@ from isoform.data.batches import collate
 from isoform.data.corpus import Dataset
 from isoform.data.plan import BatchPlan, micro_batches, split_for_ranks
 
-
 # oneDNN builds and keeps a kernel for each new number of rows, which costs more than the few tokens that it takes to
 # make them alike.
 FRIENDLY_TOKENS = 64

@@ -4,8 +4,8 @@
               -> log -> evaluate? -> checkpoint? -> stop?
 
 Resuming restores weights, optimiser state and scalars; data order, masks and dropout are functions of the step, so
-nothing else has to be restored and no batch is skipped or seen twice. The global random streams are kept all the same, for parts
-that are not ours.
+nothing else has to be restored and no batch is skipped or seen twice. The global random streams are kept all the
+same, for parts that are not ours.
 """
 
 from __future__ import annotations
@@ -208,8 +208,8 @@ class Loop:
         self.log.event("non-finite", step=step.step, what=what, sample_ids=list(step.sample_ids))
         self.log.flush()
         raise NonFiniteError(
-            f"step {step.step + 1}: {what}; no update was made, the last checkpoint is whole. Lower train.learning_rate "
-            f"or lengthen the warm-up; the batch's sample ids are in {self.folder / 'events.jsonl'}"
+            f"step {step.step + 1}: {what}; no update was made, the last checkpoint is whole. Lower "
+            f"train.learning_rate or lengthen the warm-up; the batch's sample ids are in {self.folder / 'events.jsonl'}"
         )
 
     # --------------------------------------------------------------------------------------------- logs and evaluation

@@ -1,0 +1,225 @@
+"""The command line as a person meets it: one clear line and the right exit code for each mistake; JSON for each verb."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import isoform
+from isoform.cli import main
+from isoform.storage import locked
+
+CONFIG = """
+name: tiny
+data: {{path: lines.txt, splits: {{train: 0.8, dev: 0.2}}, overlap: keep}}
+text: {{tokenizer: char, max_tokens: 32}}
+model: {{family: gpt2, num_layers: 1, num_heads: 2, width: 16, dropout: 0.0}}
+objective: causal
+train: {{max_steps: 6, batch_sequences: 8, precision: fp32, {train}}}
+"""
+PAIRS = """
+name: pairs
+data: {train: pairs.tsv, columns: [question, answer], holdout: 10, overlap: keep}
+text: {tokenizer: char, max_tokens: 48}
+model: {family: gpt2, num_layers: 1, num_heads: 2, width: 16, dropout: 0.0}
+objective: answers
+train: {max_steps: 4, batch_sequences: 8, precision: fp32}
+evaluate: {max_new_tokens: 5}
+"""
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch) -> Path:
+    monkeypatch.setenv("ISOFORM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    words = "sun moon river stone bird cloud tree field wind night".split()
+    lines = [" ".join(words[(i * k) % 10] for k in range(1, 3 + i % 9)) + "." for i in range(60)]
+    Path("lines.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+    Path("pairs.tsv").write_text("".join(f"What is {words[i % 10]} {i}?\t{words[(i * 3) % 10]}\n" for i in range(40)))
+    Path("tiny.yaml").write_text(CONFIG.format(train="learning_rate: 1e-3"))
+    Path("pairs.yaml").write_text(PAIRS)
+    return tmp_path
+
+
+def run(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of the command."""
+    monkeypatch.setattr(sys, "argv", ["isoform", *words])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def refused(monkeypatch, capsys, *words: str) -> tuple[int, str]:
+    code, _, errors = run(monkeypatch, capsys, *words)
+    said = [line for line in errors.splitlines() if line.startswith("isoform: ")]
+    assert len(said) == 1, errors
+    assert "Traceback" not in errors
+    return code, said[0]
+
+
+def change(path: str, old: str, new: str) -> None:
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new))
+
+
+def test_unknown_key(monkeypatch, capsys):
+    change("tiny.yaml", "learning_rate", "learning_rat")
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml")
+    assert code == 2 and "train.learning_rat: unknown key (did you mean 'learning_rate'?)" in line
+    assert not Path("runs").exists()
+
+
+def test_unknown_key_of_a_component(monkeypatch, capsys):
+    change("tiny.yaml", "width: 16", "widht: 16")
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml")
+    assert code == 2 and "model.widht: unknown key (did you mean 'width'?)" in line
+
+
+def test_unknown_kind_and_family(monkeypatch, capsys):
+    for old, new, hint in (("objective: causal", "objective: casual", "causal"), ("gpt2", "gtp2", "gpt2")):
+        Path("wrong.yaml").write_text(Path("tiny.yaml").read_text().replace(old, new))
+        code, line = refused(monkeypatch, capsys, "train", "wrong.yaml")
+        assert code == 2 and f"did you mean '{hint}'?" in line
+
+
+def test_wrong_type(monkeypatch, capsys):
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml", "--set", "train.max_steps=many")
+    assert code == 2 and "train.max_steps: given 'many'" in line
+
+
+def test_missing_file(monkeypatch, capsys):
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml", "--set", "data.path=nothing.txt")
+    assert code == 3 and "nothing.txt" in line
+
+
+def test_empty_file(monkeypatch, capsys):
+    Path("lines.txt").write_text("")
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml")
+    assert code == 3 and "lines.txt" in line
+
+
+def test_a_line_without_a_tab(monkeypatch, capsys):
+    Path("pairs.tsv").write_text("What is a?\tx\nWhat is b?\n")
+    code, line = refused(monkeypatch, capsys, "train", "pairs.yaml")
+    assert code == 3 and "pairs.tsv:2" in line
+
+
+def test_bytes_that_are_not_utf8(monkeypatch, capsys):
+    Path("lines.txt").write_bytes(b"a good line\nsome \xff bytes\n" * 10)
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml")
+    assert code == 3 and "lines.txt:2:6" in line
+
+
+def test_an_empty_answer(monkeypatch, capsys):
+    lines = Path("pairs.tsv").read_text().splitlines()
+    Path("pairs.tsv").write_text("\n".join([lines[0], "What is nothing?\t", *lines[2:]]) + "\n")
+    code, line = refused(monkeypatch, capsys, "train", "pairs.yaml")
+    assert code == 3 and "pairs.tsv:2" in line
+
+
+def test_a_document_longer_than_the_context_is_refused_where_that_was_asked(monkeypatch, capsys):
+    change("tiny.yaml", "max_tokens: 32", "max_tokens: 8")
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml", "--set", "data.long_documents=refuse")
+    assert code == 3 and "text.max_tokens" in line
+
+
+def test_a_corpus_smaller_than_one_batch(monkeypatch, capsys):
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml", "--set", "train.batch_sequences=500")
+    assert code == 3 and "fewer than one batch" in line
+
+
+def test_a_folder_in_use(monkeypatch, capsys):
+    with locked(Path("runs/tiny")):
+        code, line = refused(monkeypatch, capsys, "train", "tiny.yaml")
+    assert code == 5 and "is working in this folder" in line
+
+
+def test_no_such_run(monkeypatch, capsys):
+    code, line = refused(monkeypatch, capsys, "predict", "runs/none", "hello")
+    assert code == 4 and "runs/none" in line
+
+
+def test_ctrl_c_saves_and_exits_130():
+    code = (
+        "import signal, threading\n"
+        "from isoform.training.loop import Loop\n"
+        "update = Loop._update\n"
+        "def interrupted(self, step):\n"
+        "    if step.step == 2: signal.raise_signal(signal.SIGINT)\n"
+        "    return update(self, step)\n"
+        "Loop._update = interrupted\n"
+        "import sys\nsys.argv = ['isoform', 'train', 'tiny.yaml']\n"
+        "from isoform.cli import main\nmain()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 130, done.stderr
+    assert "stopped at step 3 of 6, saved" in done.stderr
+    again = subprocess.run(
+        [sys.executable, "-m", "isoform.cli", "train", "tiny.yaml", "--resume"], capture_output=True, text=True
+    )
+    assert again.returncode == 0, again.stderr
+
+
+def test_train_predict_eval_generate_report_and_doctor_speak_json(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "train", "pairs.yaml", "--out", "run", "--json")
+    rows = json.loads(out)
+    assert code == 0 and {row["metric"] for row in rows} >= {"exact_match", "loss"}
+    assert rows[0].keys() >= {"metric", "split", "value", "n", "low", "high"}
+    assert Path("run/report.html").is_file()
+
+    inputs = ["What is sun 0?", "What is \N{SNOWMAN}?"]
+    code, out, errors = run(monkeypatch, capsys, "predict", "run", *inputs, "--json")
+    answers = json.loads(out)
+    assert code == 0 and [row["input"] for row in answers] == inputs and answers[0].keys() == {"input", "answer"}
+    assert answers == isoform.predict("run", inputs)
+
+    code, out, errors = run(monkeypatch, capsys, "predict", "run", *inputs)
+    assert code == 0 and "1 input tokens were unknown" in errors
+
+    Path("inputs.tsv").write_text("".join(f"What is sun {i}?\n" for i in range(7)))
+    code, out, _ = run(monkeypatch, capsys, "predict", "run", "--in", "inputs.tsv", "--out", "answers.csv")
+    assert code == 0 and "7 answers written" in out
+    assert len(Path("answers.csv").read_text().splitlines()) == 8
+
+    code, out, _ = run(monkeypatch, capsys, "eval", "run", "--data", "pairs.tsv", "--json")
+    assert code == 0 and json.loads(out)[0]["n"] == 40
+
+    code, out, _ = run(monkeypatch, capsys, "generate", "run", "--prompt", "What is", "--max-new-tokens", "5", "--json")
+    assert code == 0 and json.loads(out).keys() == {"prompt", "text"}
+
+    code, out, _ = run(monkeypatch, capsys, "report", "run", "--to", "md", "--json")
+    assert code == 0 and Path(json.loads(out)["path"]).read_text().startswith("#")
+
+    for words in (["doctor"], ["doctor", "run"], ["recipes"], ["data", "lines.txt"]):
+        code, out, errors = run(monkeypatch, capsys, *words, "--json")
+        assert json.loads(out), (words, errors)
+
+    code, out, _ = run(monkeypatch, capsys, "compare", "run", "run", "--json")
+    assert code == 0 and json.loads(out)["questions"][0]["difference"] == 0
+
+
+def test_plan_says_what_it_takes_and_keeps_nothing(monkeypatch, capsys):
+    code, out, _ = run(monkeypatch, capsys, "plan", "tiny.yaml", "--try", "--json")
+    plan = json.loads(out)
+    assert code == 0 and plan["stages"][0]["steps"] == 6 and plan["seconds_total"] > 0 and plan["attempt"]["rows"]
+    assert not Path("runs").exists()
+
+
+def test_a_study_for_train_and_a_run_for_study_are_told(monkeypatch, capsys):
+    assert "use `isoform study`" in refused(monkeypatch, capsys, "train", "quickstart")[1]
+    assert "use `isoform train`" in refused(monkeypatch, capsys, "study", "tiny.yaml")[1]
+
+
+def test_plain_screens_go_through(monkeypatch, capsys):
+    for words in (["recipes"], ["doctor"], ["plan", "tiny.yaml"], ["data", "lines.txt"], ["--version"]):
+        code, out, errors = run(monkeypatch, capsys, *words)
+        assert code == 0 and out.strip(), (words, errors)
