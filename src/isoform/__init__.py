@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from isoform.checkpoints.folders import LoadedModel
@@ -212,7 +212,7 @@ def compare(
     return compare_results([Path(result) for result in results], metric=metric, split=split, margin=margin)
 
 
-def report(folder: str | Path, *, to: str = "html") -> Path:
+def report(folder: str | Path, *, to: Literal["html", "md"] = "html") -> Path:
     """Writes the page of a run or study again; returns its path."""
     from isoform.studies.report import write_report
 

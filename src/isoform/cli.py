@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -215,7 +215,7 @@ def compare(
 @app.command()
 def report(
     folder: Annotated[Path, typer.Argument(help="A run or study folder.")],
-    to: Annotated[str, typer.Option("--to", help="html or md")] = "html",
+    to: Annotated[Literal["html", "md"], typer.Option("--to", help="html or md")] = "html",
     as_json: Json = False,
 ) -> None:
     """Write the page of a run or study again."""

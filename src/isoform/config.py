@@ -322,7 +322,9 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
             raise ConfigError(f"line {line}: the key {key_node.value!r} is given twice; keep one")
         seen.add(key_node.value)
     loader.flatten_mapping(node)
-    pairs = [(loader.construct_object(key, deep=True), loader.construct_object(item, deep=True)) for key, item in node.value]
+    pairs = [
+        (loader.construct_object(key, deep=True), loader.construct_object(item, deep=True)) for key, item in node.value
+    ]
     return dict(pairs)
 
 
@@ -371,19 +373,20 @@ def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     else:
         known = recipe_names()
         raise ConfigError(f"{name}: neither a file nor a recipe{nearest(name, known)}; recipes: {', '.join(known)}")
-    value = parse_yaml(text, name)
+    value: Any = parse_yaml(text, name)
     if not isinstance(value, dict):
         raise ConfigError(f"{name}: {type(value).__name__} given, a mapping of sections is expected")
     if "extends" in value:
         parent = str(value.pop("extends"))
         nested = path.parent / parent
-        value = merge(_read(str(nested) if folder and nested.is_file() else parent, (*seen, name)), value)
+        value = merge(_read(str(nested) if folder and nested.is_file() else parent, (*seen, name)), dict(value))
     if folder is not None:
         data = value.setdefault("base", {}) if "stages" in value else value
         data.setdefault("data", {})
         if isinstance(data["data"], dict) and data["data"].get("root") is None:
             data["data"]["root"] = folder
-    return value
+    values: dict[str, Any] = value
+    return values
 
 
 def is_study(values: dict[str, Any]) -> bool:
@@ -428,12 +431,14 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
 
 def run_config(values: dict[str, Any]) -> RunConfig:
     """A checked run. Raises: ConfigError, one line."""
-    return _checked(RunConfig, values)
+    config: RunConfig = _checked(RunConfig, values)
+    return config
 
 
 def study_config(values: dict[str, Any]) -> StudyConfig:
     """A checked study. Raises: ConfigError, one line."""
-    return _checked(StudyConfig, values)
+    config: StudyConfig = _checked(StudyConfig, values)
+    return config
 
 
 def _checked(model: type[Any], values: dict[str, Any]) -> Any:

@@ -24,7 +24,7 @@ from isoform.checkpoints import manifest, tensors
 from isoform.checkpoints.tensors import read_object
 from isoform.contracts import Tokenizer
 from isoform.errors import CheckpointError, IsoformError
-from isoform.text import tokenizers
+from isoform.text.tokenizers import TextTokenizer, load_tokenizer
 
 NATIVE_PREFIX = "isoform-"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
@@ -39,7 +39,7 @@ class LoadedModel:
     """
 
     model: Any
-    tokenizer: Tokenizer | None
+    tokenizer: TextTokenizer | None
     family: str
     config: Any
     info: dict[str, Any]
@@ -240,12 +240,12 @@ def _identify(folder: Path, hf_config: dict[str, Any]) -> tuple[str, Any, dict[s
     )
 
 
-def _load_tokenizer(folder: Path, config: Any) -> tuple[Tokenizer | None, str | None]:
+def _load_tokenizer(folder: Path, config: Any) -> tuple[TextTokenizer | None, str | None]:
     """The folder's tokenizer, or why there is none. Raises: CheckpointError where it has ids that the model has not."""
     if not (folder / "tokenizer.json").is_file():
         return None, f"{folder}: there is no tokenizer.json"
     with _about(folder):
-        tokenizer: Tokenizer = tokenizers.load(folder)
+        tokenizer = load_tokenizer(folder)
     highest = max([tokenizer.vocab_size - 1, *tokenizer.special_ids.values()])
     if highest >= config.vocab_size:
         raise CheckpointError(

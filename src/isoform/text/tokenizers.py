@@ -266,9 +266,6 @@ def load_tokenizer(path: Path) -> TextTokenizer:
     return TextTokenizer(backend, _roles(file.parent, backend))
 
 
-load = load_tokenizer
-
-
 def _roles(folder: Path, backend: Backend) -> dict[str, str]:
     """Role -> token, from the files beside tokenizer.json; a token that the vocabulary lacks has no role."""
     settings: dict[str, Any] = {}

@@ -151,7 +151,7 @@ def _seconds_to_score(run: Prepared, split: str) -> float:
     limit = max(1, round(float(np.mean(lengths)))) if lengths else run.config.evaluate.max_new_tokens
     start = time.perf_counter()
     evaluate(
-        run.model,  # type: ignore[arg-type]
+        run.model,
         run.objective,
         some,
         split=split,
