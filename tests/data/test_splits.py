@@ -169,6 +169,14 @@ def test_clean_files_pass(tmp_path: Path) -> None:
     json.dumps(loaded.report)
 
 
+def test_splits_without_training_overlap_too(overlapping: Path) -> None:
+    files = {"dev": "dev.jsonl", "test": "test.jsonl"}
+    with pytest.raises(DataError, match="1 documents of test stand exactly in dev"):
+        load(overlapping, **files)
+    loaded = load(overlapping, **files, overlap="drop_from_train")
+    assert loaded.report["dropped_from_train"] == 0 and loaded.report["overlap"][0]["exact"] == 1
+
+
 def test_the_same_input_with_another_label_is_overlap(tmp_path: Path) -> None:
     rows_of(tmp_path, "train.jsonl", [{"text": "a text", "label": "pos"}])
     rows_of(tmp_path, "test.jsonl", [{"text": "a text", "label": "neg"}])

@@ -1,6 +1,6 @@
 """What stands in two splits: documents that are given the same input, exactly or nearly.
 
-The splits that are scored are held as hashes and sketches; the training split streams past them, once.
+One split, the training split where there is one, streams past; the others are held as hashes and sketches.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def place(document: Document) -> str:
 
 @dataclass
 class _Held:
-    """The scored splits: input hash, split number and place of every document, and all sketches."""
+    """The splits but one: input hash, split number and place of every document, and all sketches."""
 
     names: list[str]
     hashes: Hashes
@@ -76,8 +76,7 @@ class _Held:
     sketches: Sketches
 
 
-def _hold(splits: Mapping[str, Source]) -> _Held:
-    names = [name for name in splits if name != "train"]
+def _hold(splits: Mapping[str, Source], names: list[str]) -> _Held:
     hashes: array[int] = array("Q")
     numbers: list[int] = []
     places: list[str] = []
@@ -133,42 +132,42 @@ class _Rows:
 
 
 def _find(splits: Mapping[str, Source], threshold: float) -> Overlap:
-    held = _hold(splits)
+    streamed = "train" if "train" in splits else next(iter(splits))
+    held = _hold(splits, [name for name in splits if name != streamed])
     rows = _Rows(held)
     counts = {name: held.splits.count(number) for number, name in enumerate(held.names)}
-    dropped: set[int] = set()
-    if "train" in splits:
-        if held.names:
-            dropped, counts["train"] = _against_train(splits["train"], held, rows, threshold)
-        else:
-            counts["train"] = sum(1 for _ in splits["train"])
+    found: set[int] = set()
+    if held.names:
+        found, counts[streamed] = _against_held(splits[streamed], streamed, held, rows, threshold)
+    else:
+        counts[streamed] = sum(1 for _ in splits[streamed])
     _among_held(held, rows, threshold)
-    documents = {name: counts[name] for name in splits}
-    return Overlap(rows.report(list(splits)), np.array(sorted(dropped), dtype=np.uint64), documents)
+    drop = np.array(sorted(found) if streamed == "train" else [], dtype=np.uint64)
+    return Overlap(rows.report([streamed, *held.names]), drop, {name: counts[name] for name in splits})
 
 
-def _against_train(train: Source, held: _Held, rows: _Rows, threshold: float) -> tuple[set[int], int]:
-    """Notes what of the training split stands in the held ones; returns its input hashes, and the split's size."""
+def _against_held(source: Source, name: str, held: _Held, rows: _Rows, threshold: float) -> tuple[set[int], int]:
+    """Notes what of the streaming split stands in the held ones; returns its input hashes, and the split's size."""
     order = np.argsort(held.hashes, kind="stable")
     known = held.hashes[order]
     finder = Finder(held.sketches, threshold)
     hashes: array[int] = array("Q")
-    dropped: set[int] = set()
-    for block in blocks(train):
+    common: set[int] = set()
+    for block in blocks(source):
         found = np.array([input_hash(document) for document in block], dtype=np.uint64)
         hashes.extend(found.tolist())
         finder.see([input_text(document) for document in block])
         starts, ends = np.searchsorted(known, found, "left"), np.searchsorted(known, found, "right")
         for number in np.flatnonzero(ends > starts).tolist():
-            dropped.add(int(found[number]))
+            common.add(int(found[number]))
             for second in order[starts[number] : ends[number]].tolist():
-                rows.add("train", place(block[number]), second, None)
+                rows.add(name, place(block[number]), second, None)
     pairs = finder.pairs()
-    places = _places(train, pairs)
+    places = _places(source, pairs)
     for pair in pairs:
-        dropped.add(hashes[pair.first])
-        rows.add("train", places[pair.first], pair.second, pair.similarity)
-    return dropped, len(hashes)
+        common.add(hashes[pair.first])
+        rows.add(name, places[pair.first], pair.second, pair.similarity)
+    return common, len(hashes)
 
 
 def _places(source: Source, pairs: list[Pair]) -> dict[int, str]:
