@@ -99,10 +99,14 @@ def test_attention_across_sequences_of_other_lengths(lengths: list[tuple[int, in
     assert_equal_with_gradients(queries, keys, groups, {"causal": False})
 
 
-@pytest.mark.parametrize("rule", RULES[:3])
-def test_long_rows_are_cut_into_pieces(rule: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(blockwise, "CAUSAL_ROWS", 8)
-    assert_equal_with_gradients([30, 17, 8], [30, 17, 8], 4, rule)
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("rows", [8, 256])
+def test_our_own_backward_pass(rule: dict[str, Any], groups: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(blockwise, "OWN_BACKWARD", (torch.float64,))
+    monkeypatch.setattr(blockwise, "CAUSAL_ROWS", rows)
+    assert_equal_with_gradients([30, 17, 8, 1], [30, 17, 8, 1], groups, rule)
+    assert_equal_with_gradients([1, 3], [9, 20], groups, rule)
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -120,6 +124,14 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(blockwise, "CPU_BLOCK_SCORES", 1)
     alone = attend(*parts, Sequences(lengths), Sequences(lengths), causal=True)
     torch.testing.assert_close(whole, alone, rtol=1e-12, atol=1e-13)
+
+
+def test_layers_of_one_batch_may_have_other_rules() -> None:
+    lengths = [5, 17]
+    parts, sequences = states(lengths, lengths, 4), Sequences(lengths)
+    for rule in RULES:
+        expected = reference(parts, lengths, lengths, **rule)
+        torch.testing.assert_close(attend(*parts, sequences, sequences, **rule), expected)
 
 
 def test_states_that_are_part_of_a_wider_tensor() -> None:

@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from isoform.contracts import Batch, Sequences
-from isoform.layers import ragged
+from isoform.layers import blockwise, ragged
 from isoform.layers.attention import attend
 from isoform.layers.dropout import Dropout, DropoutSite, keep_mask, kept_inverse, mix64, name_sites, token_keys
 
@@ -138,6 +138,18 @@ def test_gradient_of_dropped_weights(make_batch: Any) -> None:
         return attend(query, key, value, batch.sequences, batch.sequences, causal=True, dropout=site)
 
     assert torch.autograd.gradcheck(call, parts)
+
+
+def test_other_devices_drop_the_same_weights(make_batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = make_batch([9, 17], dropout_key=4)
+    keys = token_keys(batch)
+    assert keys is not None
+    states = torch.randn(26, 4, 8, dtype=torch.float64)
+    site = DropoutSite(keys, 1, RATE)
+    here = attend(states, states, states, batch.sequences, batch.sequences, causal=True, dropout=site)
+    monkeypatch.setattr(blockwise, "_has_flash", lambda states: False)
+    there = attend(states, states, states, batch.sequences, batch.sequences, causal=True, dropout=site)
+    torch.testing.assert_close(there, here, rtol=1e-10, atol=1e-12)
 
 
 def test_sites_are_numbered_by_name() -> None:
