@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from isoform.contracts import Sequences
+from isoform.layers import ragged
 
 
 class KVCache:
@@ -26,13 +27,11 @@ class KVCache:
         every = self._every(new)
         device = key.device
         if "cache" not in every.derived:
-            need = max(every.lengths)
-            capacity = self._capacity(layer, need)
-            write, read = [], []
-            for row, (old, length) in enumerate(zip(self.lengths, every.lengths, strict=True)):
-                write.append(torch.arange(row * capacity + old, row * capacity + length))
-                read.append(torch.arange(row * capacity, row * capacity + length))
-            every.derived["cache"] = capacity, torch.cat(write).to(device), torch.cat(read).to(device)
+            capacity = self._capacity(layer, max(every.lengths))
+            old = torch.tensor(self.lengths, device=device)
+            rows, all_rows = ragged.rows(new, device), ragged.rows(every, device)
+            write = rows * capacity + old[rows] + ragged.places(new, device)
+            every.derived["cache"] = capacity, write, all_rows * capacity + ragged.places(every, device)
         capacity, write_index, read_index = every.derived["cache"]
         stored = []
         for store, states in ((self.keys, key), (self.values, value)):
