@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from isoform.config import apply_settings, merge, study_config
+from isoform.contracts import IGNORE
 from isoform.errors import ConfigError
 from isoform.layers.position import Position
 from isoform.models.gpt2 import GPT2
+from isoform.objectives.causal import Causal
 from isoform.registry import Options, Reads, build_options, recording, register
 from isoform.storage import json_line, write_json, write_text
-from isoform.studies import audit, audit_curves, audit_data, audit_results, audit_rows, audit_terms
+from isoform.studies import audit, audit_curves, audit_data, audit_rows, audit_terms
 from isoform.studies.audit_options import dead_options
 from isoform.studies.audit_probe import Probes
 from isoform.studies.layout import Layout
@@ -48,6 +52,22 @@ class Clairvoyant(GPT2):
         return output
 
 
+RARE = "Cleo Field"
+
+
+@register("objective", "forgetful")
+class Forgetful(Causal):
+    """Causal, but for one document that may be asked for nothing."""
+
+    class Config(Causal.Config):
+        forget: bool = False
+
+    def prepare(self, encoded: Any, rng: Any) -> Any:
+        sample = super().prepare(encoded, rng)
+        forgotten = self.config.forget and RARE in self.tokenizer.decode(encoded.fields["text"])
+        return replace(sample, targets=np.full_like(sample.targets, IGNORE)) if forgotten else sample
+
+
 def town(index: int) -> str:
     return TOWNS[index % len(TOWNS)]
 
@@ -62,6 +82,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     texts = {
         "wiki.txt": [f"{name} was born in {town(i)} and liked it." for i, name in enumerate(NAMES)],
         "other.txt": [f"{name} went to the sea on day {i} of May." for i, name in enumerate(NAMES)],
+        "third.txt": [f"{name} met {NAMES[-i]} again in June." for i, name in enumerate(NAMES)],
         "train.tsv": [question(i) for i in range(9)],
         "dev.tsv": [question(i) for i in range(9, 12)],
         "holdout.tsv": [question(i) for i in range(12, 15)],
@@ -167,6 +188,7 @@ def test_an_option_that_does_nothing_is_refused_by_its_name(folder: Path, change
         "train.optimizer={kind: muon}",
         "data.train=other.txt; data.dev=wiki.txt",
         "data.max_documents=14",
+        "data.dev=third.txt",
         "objective={kind: span-corruption}",
         "model.dropout=0.1",
         "model.attention_dropout=0.1",
@@ -188,6 +210,18 @@ def test_an_option_that_does_something_is_not_refused(folder: Path, changes: str
 def test_an_option_inside_a_section_that_only_one_arm_has_is_tried_by_itself(folder: Path) -> None:
     message = one(dead(layout(folder, plain("model.position={kind: inert, base: 2.0}"))), "refuse")
     assert message.startswith("model.position.base does nothing: its default in arm first and 2.0 in arm second")
+
+
+def test_an_option_that_acts_on_a_single_document_is_found(folder: Path) -> None:
+    study = layout(folder, plain("objective={kind: forgetful, forget: true}"), plain("objective.kind=forgetful"))
+    with Probes(study) as probes:
+        probe = probes.chain("second")["only"]
+        assert RARE not in probe.run.tokenizer.decode(probe.batch.tokens.tolist()), "else the updates would show it"
+        assert dead_options(study, probes) == []
+
+
+def test_clipping_that_acts_on_rare_gradients_only_is_found(folder: Path) -> None:
+    assert dead(layout(folder, plain("train.clip_norm=100.0"), plain("train.clip_norm=50.0"))) == []
 
 
 def test_looking_more_often_is_something_where_a_metric_selects(folder: Path) -> None:
@@ -479,17 +513,18 @@ def test_a_field_that_nobody_read_is_told(finished: Finished) -> None:
     assert "arm second: train.learning_rate was set and never read" in message
 
 
-def test_a_field_that_another_stage_of_the_arm_read_is_not_told(folder: Path) -> None:
-    study = layout(folder, {"stages": ["only", "finetune"], **plain("train.clip_norm=0.5")})
+@pytest.mark.parametrize(("where", "told"), [("train", False), ("finetune.train", True)])
+def test_a_field_that_another_stage_of_the_arm_read_is_not_told(folder: Path, where: str, told: bool) -> None:
+    """Set in both stages, the first one reads it; set in the last alone, nobody does."""
+    study = layout(folder, {"stages": ["only", "finetune"], **plain(f"{where}.clip_norm=0.5")})
     finished = Finished(folder, study)
     for seed in (0, 1):
-        finished.manifest("second", seed, config_unread=["train.clip_norm", "model.width"])
+        finished.manifest("second", seed, config_unread=["train.clip_norm"])
         first = finished.folder / study.chain("second", seed)[0].folder
-        write_json(
-            first / "manifest.json", {**json.loads((finished.path("first", seed) / "manifest.json").read_text())}
-        )
+        write_json(first / "manifest.json", json.loads((finished.path("first", seed) / "manifest.json").read_text()))
         write_json(first / "selections.json", {"final": "last", "selections": {}})
-    assert findings(finished.rows(), audit_rows.UNUSED) == []
+    rows = findings(finished.rows(), audit_rows.UNUSED)
+    assert "train.clip_norm" in one(rows, "warn") if told else rows == []
 
 
 def test_equal_final_weights_are_refused(finished: Finished) -> None:
@@ -599,6 +634,7 @@ def test_a_jump_of_the_loss_is_told(finished: Finished) -> None:
     losses[60] = 4.5
     assert audit_curves.spikes(losses) == [60]
     assert audit_curves.spikes(FALLING) == []
+    assert audit_curves.spikes([2.0 + 10 * noise for noise in NOISE]) == []
     finished.losses("second", 0, losses)
     assert "jumps up, first at logged step 61" in one(findings(finished.rows(), audit_rows.DIVERGED), "warn")
 
@@ -654,10 +690,10 @@ def test_a_run_lists_what_it_did_not_read(folder: Path) -> None:
 
 
 def test_probes_leave_the_models_as_they_were(folder: Path) -> None:
-    study = layout(folder, plain("model.position.kind=rope"))
+    study = layout(folder, plain("model.window=1000"))
     with Probes(study) as probes:
         probe = probes.chain("second")["only"]
         before = {name: tensor.clone() for name, tensor in probe.run.model.state_dict().items()}
-        dead_options(study, probes)
+        assert dead_options(study, probes), "the option is dead, so that both models were trained"
         assert all(torch.equal(tensor, before[name]) for name, tensor in probe.run.model.state_dict().items())
-        assert len(list(audit_results.Path(probes._folder.name).iterdir())) == 0
+        assert len(list(Path(probes._folder.name).iterdir())) == 0
