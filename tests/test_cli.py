@@ -1,4 +1,4 @@
-"""The command line as a person meets it: one clear line and the right exit code for each mistake; JSON for each verb."""
+"""The command line as a person meets it: one line and the right exit code for each mistake; JSON for each verb."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ evaluate: {max_new_tokens: 5}
 def folder(tmp_path: Path, monkeypatch) -> Path:
     monkeypatch.setenv("ISOFORM_CACHE", str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    words = "sun moon river stone bird cloud tree field wind night".split()
+    words = ["sun", "moon", "river", "stone", "bird", "cloud", "tree", "field", "wind", "night"]
     lines = [" ".join(words[(i * k) % 10] for k in range(1, 3 + i % 9)) + "." for i in range(60)]
     Path("lines.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
     Path("pairs.tsv").write_text("".join(f"What is {words[i % 10]} {i}?\t{words[(i * 3) % 10]}\n" for i in range(40)))

@@ -122,7 +122,7 @@ def test_extends_follows_recipes_and_files_and_refuses_circles(tmp_path):
     (tmp_path / "b.yaml").write_text("extends: b.yaml\n")
     with pytest.raises(ConfigError, match="circle"):
         read_config(tmp_path / "b.yaml")
-    with pytest.raises(ConfigError, match="did you mean 'quickstart'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'quickstart'"):
         read_config("quikstart")
 
 
