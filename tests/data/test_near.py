@@ -81,6 +81,16 @@ def test_questions_of_one_template_are_no_copies() -> None:
     assert near_pairs(sketch(short), 0.8) == []
 
 
+def test_what_many_documents_have_is_evidence_of_nothing() -> None:
+    rng = generator("formulas")
+    notice = " ".join(texts(rng, 1, 60, 60)[0])
+    tails = [[f"t{number}x{place}" for place in range(20)] for number in range(30)]
+    tails[1][:8] = tails[0][:8]
+    documents = [f"{notice} {' '.join(tail)}" for tail in tails]
+    assert near_pairs(sketch(documents), 0.8) == []
+    assert len(near_pairs(sketch(documents[:2]), 0.8)) == 1
+
+
 def test_scripts_that_do_not_part_words() -> None:
     text = "春はあけぼの。やうやう白くなりゆく山ぎは、すこしあかりて、紫だちたる雲のほそくたなびきたる。"
     other = "夏は夜。月のころはさらなり、やみもなほ、蛍の多く飛びちがひたる。"
