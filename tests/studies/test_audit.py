@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import model_validator
 
 from isoform.config import apply_settings, merge, study_config
 from isoform.contracts import IGNORE
@@ -653,11 +654,16 @@ def test_one_seed_is_told(folder: Path) -> None:
 
 
 class Careless:
-    """A component that looks at one of its two options."""
+    """A component that checks both of its options and uses one."""
 
     class Config(Options):
         used: int = 0
         unused: int = 0
+
+        @model_validator(mode="after")
+        def _checked(self) -> Careless.Config:
+            assert self.used >= 0 and self.unused >= 0
+            return self
 
 
 def test_a_field_that_is_set_and_never_read_is_listed() -> None:
