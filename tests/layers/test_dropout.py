@@ -128,10 +128,10 @@ def test_dropout_of_weights_is_dropout_of_weights(make_batch: Any) -> None:
 
 
 def test_gradient_of_dropped_weights(make_batch: Any) -> None:
-    batch = make_batch([3, 5], dropout_key=4)
+    batch = make_batch([2, 4], dropout_key=4)
     keys = token_keys(batch)
     assert keys is not None
-    parts = [torch.randn(8, heads, 4, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    parts = [torch.randn(6, heads, 2, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
 
     def call(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         site = DropoutSite(keys, 1, RATE)
