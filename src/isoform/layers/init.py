@@ -19,8 +19,8 @@ def linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
 
 def embedding(rows: int, width: int) -> nn.Embedding:
     """A table whose values are not drawn yet: `initialize` draws them."""
-    table: nn.Embedding = skip_init(nn.Embedding, rows, width)  # type: ignore[no-untyped-call]
-    return table
+    # Not by `skip_init`: a random draw on the meta device imports torch's compiler, which takes seconds.
+    return nn.Embedding(rows, width, _weight=torch.empty(rows, width))
 
 
 @torch.no_grad()
