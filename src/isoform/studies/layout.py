@@ -18,6 +18,9 @@ from isoform.errors import ConfigError
 from isoform.registry import component
 from isoform.storage import fingerprint
 
+# The one stage of an arm whose list is empty: its model is scored as it is, on the data of the study's last stage.
+AS_IS = "as-is"
+
 # Fields of a run that change neither its weights nor its scores, so that they do not belong to its identity.
 UNIDENTIFYING = ("name", "track")
 
@@ -36,8 +39,8 @@ class StageRun:
     parent: StageRun | None = None
 
     @property
-    def first(self) -> bool:
-        return self.parent is None
+    def trains(self) -> bool:
+        return self.stage != AS_IS
 
 
 @dataclass
@@ -59,10 +62,10 @@ class Layout:
     def chain(self, arm: str, seed: int, settings: dict[str, Any] | None = None) -> list[StageRun]:
         """The stages of an arm at a seed, each starting from the one before; `settings` are tuned fields to try."""
         runs: list[StageRun] = []
-        for stage in self.study.arms[arm].stages:
+        for stage in self.study.arms[arm].stages or [AS_IS]:
             config = self.config(arm, stage, seed, settings if settings is not None else self.chosen.get(arm, {}))
             parent = runs[-1] if runs else None
-            key = self._key(config, parent)
+            key = self._key(config, parent, trains=stage != AS_IS)
             folder = Path("stages") / f"{stage}-seed{seed}-{key[:10]}"
             runs.append(StageRun(arm, stage, seed, config, key, folder, parent))
         return runs
@@ -78,7 +81,8 @@ class Layout:
 
     def config(self, arm: str, stage: str, seed: int, settings: dict[str, Any]) -> RunConfig:
         """base, then the stage, then what the arm changes everywhere, then what it changes in this stage."""
-        values = merge(self.study.base, self.study.stages[stage])
+        named = list(self.study.stages)[-1] if stage == AS_IS else stage
+        values = merge(self.study.base, self.study.stages[named])
         changes = self.study.arms[arm].changes
         values = merge(values, {key: item for key, item in changes.items() if key in RunConfig.model_fields})
         values = merge(values, changes.get(stage, {}))
@@ -95,16 +99,15 @@ class Layout:
             raise ConfigError(f"tune: {path!r} names neither a section of a run nor a stage")
         return parts
 
-    def _key(self, config: RunConfig, parent: StageRun | None) -> str:
+    def _key(self, config: RunConfig, parent: StageRun | None, *, trains: bool) -> str:
         values = {name: item for name, item in config.model_dump(mode="json").items() if name not in UNIDENTIFYING}
         values["data"] = {name: item for name, item in values["data"].items() if name != "root"}
         if parent is not None:
             # A stage that starts from another takes over its model and tokenizer.
             values = {name: item for name, item in values.items() if name != "model"}
             values["text"] = {"max_tokens": values["text"]["max_tokens"]}
-        return fingerprint(
-            [values, self._data_key(config), self.sources, self.precision, parent.key if parent else None]
-        )
+        origin = parent.key if parent else None
+        return fingerprint([values, self._data_key(config), self.sources, self.precision, origin, trains])
 
     def _data_key(self, config: RunConfig) -> str:
         cls, options = component("objective", config.objective, "objective")
@@ -150,6 +153,8 @@ def config_differences(layout: Layout, arm: str, reference: str) -> dict[str, An
         for name in sorted(ours[stage].keys() | theirs[stage].keys()):
             if name != "name" and ours[stage].get(name) != theirs[stage].get(name):
                 rows[f"{stage}.{name}"] = ours[stage].get(name)
+    if shared != list(ours):
+        return rows
     everywhere = {
         name.split(".", 1)[1]
         for name in rows

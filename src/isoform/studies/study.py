@@ -27,7 +27,7 @@ from isoform.studies.layout import Layout, StageRun, config_differences
 from isoform.studies.outside import read_results
 from isoform.studies.report import write_report
 from isoform.studies.statistics import Comparison, Scores, compare, decide, interval_over_seeds, load_scores
-from isoform.training.run import sources_fingerprint, train
+from isoform.training.run import score_as_is, sources_fingerprint, train
 
 Say = Callable[[str], None]
 
@@ -159,7 +159,10 @@ def _train_stage(run: StageRun, folder: Path, layout: Layout, quiet: bool, say: 
         return
     say(f"{run.stage} of {run.arm}, seed {run.seed} ({note})")
     start = None if run.parent is None else folder / run.parent.folder / "final"
-    train(run.config, target, resume=True, start=start, precision=layout.precision, quiet=quiet)
+    if run.trains:
+        train(run.config, target, resume=True, start=start, precision=layout.precision, quiet=quiet)
+    else:
+        score_as_is(run.config, target, precision=layout.precision)
     # A finished stage is never resumed: its optimiser states would only fill the disk.
     shutil.rmtree(target / "checkpoints", ignore_errors=True)
 
@@ -287,14 +290,27 @@ def _value(scores: Scores, metric: str, index: int) -> float:
     return float(lookup("metric", metric)().value(sums))
 
 
-def _scores(layout: Layout, folder: Path, arm: str, metric: str, split: str, selection: str | None = None) -> Scores:
-    """The per-example statistics of an arm at every seed; `selection` names another way to choose the checkpoint."""
+def _scores(
+    layout: Layout,
+    folder: Path,
+    arm: str,
+    metric: str,
+    split: str,
+    selection: str | None = None,
+    without: frozenset[int] = frozenset(),
+) -> Scores:
+    """The per-example statistics of an arm at every seed but those in `without`.
+
+    selection: another way to choose the checkpoint.
+    """
     outside = layout.study.arms[arm].results
     cls = lookup("metric", metric, "compare.metric")
     if outside is not None:
         return read_results(Path(layout.study.base.get("data", {}).get("root") or ".") / outside, split, cls)
     paths = {}
     for seed in layout.seeds:
+        if seed in without:
+            continue
         last = folder / layout.chain(arm, seed)[-1].folder
         final = read_json(last / "selections.json")
         same = selection is None or selection == final["final"] or selection not in final["selections"]
@@ -318,8 +334,23 @@ def _compare(
     """Second minus first, paired by seed and example."""
     settings = layout.study.compare
     metric, split = question.metric or settings.metric, question.split or settings.split
-    first, second = (_scores(layout, folder, arm, metric, split, selection) for arm in pair)
+    without = _excluded(layout, folder, pair) if settings.exclude_diverged else frozenset()
+    first, second = (_scores(layout, folder, arm, metric, split, selection, without) for arm in pair)
     return compare(first, second, lookup("metric", metric), confidence=settings.confidence, margin=question.margin)
+
+
+def _excluded(layout: Layout, folder: Path, pair: tuple[str, str]) -> frozenset[int]:
+    """Seeds at which an arm of the pair diverged: left out of both, since the arms are compared seed by seed."""
+    diverged = {
+        seed
+        for arm in pair
+        if layout.study.arms[arm].results is None
+        for seed in layout.seeds
+        if audit.diverged(folder / layout.chain(arm, seed)[-1].folder)
+    }
+    if len(diverged) == len(layout.seeds):
+        raise AuditError(f"{pair[0]}, {pair[1]}: every seed diverged in one of the two; nothing is left to compare")
+    return frozenset(diverged)
 
 
 def _data(layout: Layout, folder: Path) -> dict[str, Any]:

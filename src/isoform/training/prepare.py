@@ -112,6 +112,7 @@ def prepare(
     if limit is not None and limit < max_tokens:
         raise ConfigError(f"text.max_tokens: {max_tokens} given, but the model has {limit} positions; lower it")
     objective: Objective = objective_class(objective_options, tokenizer, max_tokens)
+    _check_scoring(config, objective, set(splits.splits), for_training)
     missing = objective.needs - model.capabilities
     if missing:
         raise ConfigError(
@@ -150,6 +151,27 @@ def prepare(
         device=device,
         fingerprints={"data": _data_fingerprint(datasets, splits), "tokenizer": tokenizer.fingerprint()},
     )
+
+
+def _check_scoring(config: RunConfig, objective: Objective, splits: set[str], for_training: bool) -> None:
+    """Metrics and splits that are asked for after hours of training must be there before."""
+    wanted = config.evaluate.metrics or objective.metrics
+    for metric in config.evaluate.metrics or ():
+        lookup("metric", metric, "evaluate.metrics")
+    for split in config.evaluate.splits or ():
+        if split not in splits:
+            raise ConfigError(f"evaluate.splits: no split {split!r}; the data has {', '.join(sorted(splits))}")
+    select = config.train.select
+    if not for_training or select.metric == "last":
+        return
+    lookup("metric", select.metric, "train.select.metric")
+    if select.metric not in wanted:
+        raise ConfigError(
+            f"train.select.metric: {select.metric} is not measured; measured are {', '.join(wanted)} (evaluate.metrics)"
+        )
+    if select.split not in splits - {"train"}:
+        known = ", ".join(sorted(splits - {"train"})) or "none beside train"
+        raise ConfigError(f"train.select.split: no split {select.split!r}; the data has {known}")
 
 
 def _model_section(config: RunConfig, start: Path | None) -> tuple[type[Any] | None, dict[str, Any], Path | None]:

@@ -145,6 +145,27 @@ def _train(
         log.close()
 
 
+def score_as_is(config: RunConfig, folder: Path, *, precision: str | None = None) -> RunResult:
+    """Scores a model that is not trained, in a run folder like any other: no step, no token.
+
+    Raises: ConfigError, DataError, CheckpointError, LockedError.
+    """
+    began, started = time.monotonic(), _now()
+    accelerator = _accelerator()
+    with locked(folder):
+        run = prepare(config, precision=precision, device=accelerator.device, for_training=False)
+        write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
+        manifest = _manifest(run, accelerator, started)
+        save_model(folder / "final", run.model, run.tokenizer)
+        rows = _score_all(run, run.model, config.evaluate.splits or list(run.datasets), folder, manifest)
+        write_json(folder / "eval.json", rows)
+        write_json(folder / "selections.json", {"final": "last", "selections": {"last": {"step": 0, "rows": rows}}})
+        manifest.update(steps=0, tokens=0, seconds={"training": 0.0, "total": time.monotonic() - began}, complete=True)
+        manifest.update(finished=_now(), final_sha256=sha256_file(folder / "final" / "model.safetensors"))
+        write_json(folder / "manifest.json", manifest)
+    return RunResult(folder, rows, manifest)
+
+
 # ---------------------------------------------------------------------------------- before the first step
 
 

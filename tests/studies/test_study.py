@@ -1,0 +1,211 @@
+"""A whole study on tiny models: what is shared, what is done once, what a stop leaves, and what is compared."""
+
+from __future__ import annotations
+
+import copy
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from isoform.errors import AuditError, ConfigError, Stopped
+from isoform.storage import read_json, read_jsonl
+from isoform.studies import study as study_module
+from isoform.studies.outside import compare_results
+from isoform.studies.study import study
+from isoform.training.run import train
+
+TRAIN = {"batch_sequences": 8, "learning_rate": 0.01, "precision": "fp32"}
+
+
+@pytest.fixture
+def values(tmp_path: Path) -> dict[str, Any]:
+    """Two arms that share a pretraining, and one without it."""
+    words = ["sun", "moon", "river", "stone", "bird", "cloud", "tree", "field", "wind", "night"]
+    lines = [" ".join(words[(i * k) % 10] for k in range(1, 3 + i % 9)) + "." for i in range(60)]
+    (tmp_path / "lines.txt").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+    for name, ask, number in (("pairs.tsv", "What", 60), ("dev.tsv", "Who", 20)):
+        rows = (f"{ask} is {words[i % 10]} {i}?\t{words[(i * 3) % 10]}\n" for i in range(number))
+        (tmp_path / name).write_text("".join(rows))
+    pairs = {"train": "pairs.tsv", "dev": "dev.tsv", "columns": ["question", "answer"]}
+    finetune = {
+        "data": {**pairs, "holdout": 12, "overlap": "keep"},
+        "objective": {"kind": "answers"},
+        "train": {**TRAIN, "max_steps": 6, "evaluate_every_steps": 3, "select": {"metric": "loss", "split": "holdout"}},
+        "evaluate": {"splits": ["dev"], "max_new_tokens": 6},
+    }
+    return {
+        "name": "tiny",
+        "base": {
+            "data": {"root": str(tmp_path)},
+            "text": {"tokenizer": {"kind": "char"}, "train_on": ["lines.txt"], "max_tokens": 48},
+            "model": {"family": "gpt2", "num_layers": 1, "num_heads": 2, "width": 16, "dropout": 0.0},
+        },
+        "stages": {
+            "pretrain": {
+                "data": {"train": "lines.txt"},
+                "objective": {"kind": "causal"},
+                "train": {**TRAIN, "max_steps": 4},
+            },
+            "finetune": finetune,
+        },
+        "arms": {
+            "scratch": {"stages": ["finetune"]},
+            "pretrained": {"stages": ["pretrain", "finetune"]},
+            "faster": {"stages": ["pretrain", "finetune"], "finetune": {"train": {"learning_rate": 0.03}}},
+        },
+        "seeds": 2,
+        "compare": {"metric": "loss", "split": "dev"},
+        "questions": [{"pair": ["scratch", "pretrained"]}, {"pair": ["pretrained", "faster"]}],
+    }
+
+
+def test_a_study_ends_with_verdicts_an_audit_and_a_report(values, tmp_path):
+    results = study(values, tmp_path / "out", command="isoform study tiny", quiet=True)
+    assert [question["pair"] for question in results["questions"]] == [
+        ["scratch", "pretrained"],
+        ["pretrained", "faster"],
+    ]
+    for question in results["questions"]:
+        assert question["verdict"] in {"better", "worse", "cannot-tell"}
+        assert question["low"] <= question["difference"] <= question["high"]
+        assert question["p_adjusted"] >= question["p"]
+        assert question["num_seeds"] == 2 and question["num_examples"] == 20
+    rows = {row["name"]: row for row in results["arms"]}
+    stages = ["pretrain", "finetune"]
+    assert rows["faster"]["differences"] == {"stages": stages, "finetune.train.learning_rate": 0.03}
+    assert (
+        rows["pretrained"]["runs"][0]["stages"][0]["shared"] and not rows["scratch"]["runs"][0]["stages"][0]["shared"]
+    )
+    mean = sum(r["value"] for run in rows["scratch"]["runs"] for r in run["metrics"] if r["metric"] == "loss") / 2
+    assert next(s["mean"] for s in rows["scratch"]["summary"] if s["metric"] == "loss") == pytest.approx(mean)
+    assert {row["level"] for row in results["audit"]} <= {"pass", "inform", "warn"}
+    assert "isoform study tiny" in (tmp_path / "out" / "report.html").read_text()
+    # 2 seeds x (1 shared pretraining + 3 fine-tunings)
+    assert len(list((tmp_path / "out" / "stages").iterdir())) == 8
+
+
+def test_what_is_done_is_not_done_again_and_a_stopped_study_goes_on(values, tmp_path, monkeypatch):
+    calls: list[str] = []
+
+    def counted(config, folder, **options):
+        calls.append(config.name)
+        if len(calls) == stop_at:
+            raise Stopped("stopped", 130)
+        return train(config, folder, **options)
+
+    monkeypatch.setattr(study_module, "train", counted)
+    stop_at = 5
+    with pytest.raises(Stopped):
+        study(values, tmp_path / "out", quiet=True)
+    stop_at = 0
+    first = study(values, tmp_path / "out", quiet=True)
+    assert len(calls) == 9, "eight runs, one of them begun twice"
+    again = study(values, tmp_path / "out", quiet=True)
+    assert len(calls) == 9
+    assert again["questions"] == first["questions"]
+    more = copy.deepcopy(values)
+    more["seeds"] = 3
+    study(more, tmp_path / "out", quiet=True)
+    assert len(calls) == 13, "a further seed adds its own four runs alone"
+
+
+def test_seeds_differ_and_are_shared_by_arms(values, tmp_path):
+    results = study(values, tmp_path / "out", quiet=True)
+    scores = {
+        (arm["name"], run["seed"]): next(r["value"] for r in run["metrics"] if r["metric"] == "loss")
+        for arm in results["arms"]
+        for run in arm["runs"]
+    }
+    assert len(set(scores.values())) == 6
+    assert {seed for _, seed in scores} == {0, 1}
+
+
+def test_an_empty_list_of_stages_scores_the_model_as_it_is(values, tmp_path):
+    pretrain = {**values["base"], **values["stages"]["pretrain"]}
+    pretrain["data"] = {**values["base"]["data"], "train": "lines.txt"}
+    from isoform.config import run_config
+
+    train(run_config(pretrain), tmp_path / "model", quiet=True)
+    values["arms"] = {
+        "untuned": {"stages": [], "model": {"from": str(tmp_path / "model" / "final")}},
+        "tuned": {"stages": ["finetune"], "model": {"from": str(tmp_path / "model" / "final")}},
+    }
+    values["questions"] = [{"pair": ["untuned", "tuned"]}]
+    results = study(values, tmp_path / "out", quiet=True)
+    assert results["arms"][0]["runs"][0]["stages"][0]["steps"] == 0
+    assert results["questions"][0]["second"] < results["questions"][0]["first"], (
+        "tuning lowers the loss on its own task"
+    )
+
+
+def test_tune_gives_each_setting_one_trial_and_keeps_the_best_on_the_selection_split(values, tmp_path):
+    values["arms"] = {
+        "fixed": {"stages": ["finetune"]},
+        "tuned": {"stages": ["finetune"], "tune": {"train.learning_rate": [1e-6, 0.02]}},
+    }
+    values["questions"] = [{"pair": ["fixed", "tuned"]}]
+    results = study(values, tmp_path / "out", quiet=True)
+    trials = results["arms"][1]["tuning"]
+    assert [trial["chosen"] for trial in trials] == [False, True]
+    assert trials[1]["value"] < trials[0]["value"]
+    assert results["arms"][1]["differences"]["train.learning_rate"] == 0.02
+
+
+def test_results_of_another_tool_are_an_arm(values, tmp_path):
+    values["compare"] = {"metric": "exact_match", "split": "dev"}
+    first = study(
+        {**values, "arms": {"scratch": values["arms"]["scratch"]}, "questions": []}, tmp_path / "first", quiet=True
+    )
+    rows = read_jsonl(tmp_path / "first" / first["arms"][0]["runs"][0]["final"] / "predictions.jsonl")
+    with (tmp_path / "predictions.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["id", "gold", "prediction"])
+        table.writerows([row["id"], row["gold"], row["gold"]] for row in rows)
+    values["arms"] = {"scratch": values["arms"]["scratch"], "perfect": {"results": "predictions.csv"}}
+    values["questions"] = [{"pair": ["scratch", "perfect"]}]
+    results = study(values, tmp_path / "out", quiet=True)
+    assert results["questions"][0]["second"] == 1.0
+
+
+def test_a_diverged_seed_is_left_out_only_by_the_rule_stated_before(values, tmp_path, monkeypatch):
+    from isoform.studies import audit
+
+    real = audit.diverged
+    monkeypatch.setattr(audit, "diverged", lambda folder: "finetune-seed1" in str(folder) or real(folder))
+    assert study(values, tmp_path / "kept", quiet=True)["questions"][0]["num_seeds"] == 2
+    values["compare"]["exclude_diverged"] = True
+    assert study(values, tmp_path / "excluded", quiet=True)["questions"][0]["num_seeds"] == 1
+
+
+def test_a_study_that_the_audit_refuses_trains_nothing(values, tmp_path):
+    values["compare"]["split"] = "holdout"
+    with pytest.raises(AuditError) as refusal:
+        study(values, tmp_path / "out", quiet=True)
+    assert refusal.value.exit_code == 10
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"metric": "exact_macth", "split": "holdout"}, "did you mean 'exact_match'"),
+        ({"metric": "perplexity", "split": "holdout"}, "perplexity is not measured"),
+        ({"metric": "loss", "split": "holdut"}, "no split 'holdut'"),
+    ],
+)
+def test_what_would_fail_after_training_fails_before(values, tmp_path, change, message):
+    values["stages"]["finetune"]["train"]["select"] = change
+    with pytest.raises((ConfigError, AuditError), match=message):
+        study(values, tmp_path / "out", quiet=True)
+    assert not (tmp_path / "out" / "stages").exists()
+
+
+def test_compare_reads_finished_runs(values, tmp_path):
+    results = study(values, tmp_path / "out", quiet=True)
+    folders = [tmp_path / "out" / arm["runs"][0]["final"] for arm in results["arms"][:2]]
+    found = compare_results(folders, metric="loss")
+    losses = [next(r["value"] for r in read_json(folder / "eval.json") if r["metric"] == "loss") for folder in folders]
+    assert found["questions"][0]["difference"] == pytest.approx(losses[1] - losses[0])
+    assert found["questions"][0]["speaks_of"] == "models"
