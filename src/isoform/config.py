@@ -90,7 +90,7 @@ class DataConfig(Section):
     overlap: Literal["refuse", "drop_from_train", "keep"] = "refuse"
     # what happens with documents of one split that stand, exactly or nearly, in another
     near_fraction: Fraction = 0.8
-    # similarity from which two documents are near duplicates: estimated Jaccard similarity of word 3-shingles or above
+    # share of words in common, estimated from 3-word shingles, from which two documents are near duplicates
     long_documents: Literal["windows", "truncate", "refuse"] = "windows"
     # documents longer than text.max_tokens: cut into windows, cut off and counted, or refused
     max_documents: Positive | None = None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from isoform import storage
 from isoform.config import DataConfig
-from isoform.contracts import Document
+from isoform.contracts import Document, Encoded
 from isoform.data import shards
 from isoform.data.corpus import Dataset, build_dataset
 from isoform.data.identity import content_hash
@@ -243,3 +243,20 @@ def test_memory_does_not_grow_with_a_large_corpus(tmp_path: Path) -> None:
     small, large = peak_megabytes(tmp_path, 50), peak_megabytes(tmp_path, 400)
     print(f"peak beyond the libraries: {small:.0f} MB for 50 MB of text, {large:.0f} MB for 400 MB")
     assert large - small < 60
+
+
+class Marked(Plain):
+    """Also notes the place of the text's last token."""
+
+    def encode(self, document: Document) -> Encoded:
+        encoded = super().encode(document)
+        marks = np.array([len(encoded.fields["text"]) - 1], dtype=np.int32)
+        return Encoded(encoded.id, {**encoded.fields, "_marks": marks}, encoded.num_bytes, document)
+
+
+def test_places_beyond_16_bits_come_back_and_count_as_no_tokens(tmp_path: Path, characters: TextTokenizer) -> None:
+    source = Given([{"text": "ab " * 30_000}])
+    objective = Marked(characters, 100_001)
+    dataset = build_dataset(source, characters, objective, DataConfig(), 100_000, tmp_path)  # type: ignore[arg-type]
+    assert dataset[0].fields["_marks"].tolist() == [89_999]
+    assert dataset.report["tokens"] == 90_000

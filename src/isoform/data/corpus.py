@@ -51,7 +51,9 @@ class Dataset:
         self._expected = fields
         pages = Pages()
         dtype, shard_tokens = manifest["dtype"], manifest["shard_tokens"]
-        self._fields = {name: FieldReader(folder, name, dtype, shard_tokens, pages) for name in manifest["fields"]}
+        self._fields = {
+            name: FieldReader(folder, name, _dtype(name, dtype), shard_tokens, pages) for name in manifest["fields"]
+        }
         self._bytes = MappedNumbers(folder / "bytes", "i8", pages)
         self._ids = MappedNumbers(folder / "ids", "u1", pages)
         self._id_ends = MappedNumbers(folder / "ids.ends", "i8", pages)
@@ -167,6 +169,11 @@ class _waited:
         self._stack.close()
 
 
+def _dtype(field: str, tokens: str) -> str:
+    """How a field is stored: places (`_field`) may exceed any token id."""
+    return "uint32" if field.startswith("_") else tokens
+
+
 @dataclass
 class _Writer:
     """All files of a store that is being built."""
@@ -195,7 +202,8 @@ class _Writer:
         """One document: one sample, or a window of its text for each of several ranges."""
         for name, ids in encoded.fields.items():
             if name not in self.fields:
-                self.fields[name] = FieldWriter(self.folder, name, self.dtype, self.shard_tokens)
+                kind = _dtype(name, self.dtype)
+                self.fields[name] = FieldWriter(self.folder, name, kind, self.shard_tokens)
                 self.fields[name].fill(self.num_samples)
             self.fields[name].add(ids, ranges if name == "text" else [(0, len(ids))] * len(ranges))
         self.num_samples += len(ranges)
