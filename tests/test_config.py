@@ -100,7 +100,7 @@ def test_settings_reach_a_run_and_the_base_of_a_study():
     changed = apply_settings(study, ["data.root=b", "seeds=2", "stages.pretrain.train.max_steps=3"])
     assert changed["base"]["data"]["root"] == "b" and changed["seeds"] == 2
     assert changed["stages"]["pretrain"]["train"]["max_steps"] == 3
-    with pytest.raises(ConfigError, match="field.path=value"):
+    with pytest.raises(ConfigError, match=r"field\.path=value"):
         apply_settings({}, ["train.learning_rate"])
 
 

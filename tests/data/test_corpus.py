@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import Plain
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conftest import Plain
 from isoform import storage
 from isoform.config import DataConfig
 from isoform.contracts import Document, Encoded
