@@ -193,6 +193,8 @@ class RunConfig(Section):
     """One training stage plus its evaluation."""
 
     name: str = Field("run", pattern=NAME)
+    about: str = ""
+    # what the run is for, in a sentence
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
     model: dict[str, Any] = {"family": "gpt2"}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from isoform import machine
-from isoform.config import is_study, run_config, study_config
+from isoform.config import RunConfig, is_study, run_config, study_config
 from isoform.storage import free_bytes
 from isoform.studies import audit
 from isoform.studies.layout import Layout, StageRun
@@ -21,7 +21,7 @@ def forecast(values: dict[str, Any], *, attempt: bool = False) -> dict[str, Any]
     if not is_study(values):
         config = run_config(values)
         stage = {"name": config.name, "runs": 1, **plan_run(prepare(config))}
-        return _total(config.name, [stage], [], config_attempt=_attempt(values) if attempt else None)
+        return _total(config.name, [stage], [], attempt=_attempt(config) if attempt else None)
     study = study_config(values)
     wanted = {**study.base.get("train", {})}.get("precision", "auto")
     precision = machine.choose_precision(wanted, machine.choose_device().type)
@@ -30,7 +30,8 @@ def forecast(values: dict[str, Any], *, attempt: bool = False) -> dict[str, Any]
     for label, run, count in _distinct(layout):
         stages.append({"name": label, "runs": count, **plan_run(prepare(run.config, precision=precision))})
     trials = {name: _num_trials(options.tune) for name, options in layout.arms() if options.tune}
-    return _total(study.name, stages, audit.before(layout), trials=trials)
+    attempted = _attempt_study(layout) if attempt else None
+    return _total(study.name, stages, audit.before(layout), trials=trials, attempt=attempted)
 
 
 def _distinct(layout: Layout) -> list[tuple[str, StageRun, int]]:
@@ -53,14 +54,36 @@ def _num_trials(tune: dict[str, list[Any]]) -> int:
     return trials
 
 
-def _attempt(values: dict[str, Any]) -> dict[str, Any]:
+def _one_step(config: RunConfig) -> RunConfig:
+    """The same run, one update long."""
+    values = config.model_dump()
+    schedule = {"kind": values["train"]["schedule"]["kind"]}
+    values["train"] |= {"max_steps": 1, "max_epochs": None, "schedule": schedule}
+    return run_config(values)
+
+
+def _attempt(config: RunConfig) -> dict[str, Any]:
     """One real step, evaluation, save and reload in a temporary folder."""
-    short = {**values, "train": {**values.get("train", {}), "max_steps": 1}}
-    short["train"].pop("max_epochs", None)
-    short["train"].pop("schedule", None)
     with tempfile.TemporaryDirectory(prefix="isoform-try-") as folder:
-        result = train(run_config(short), Path(folder) / "try", quiet=True)
-        return {"rows": result.rows, "final_sha256": result.manifest["final_sha256"]}
+        result = train(_one_step(config), Path(folder) / "try", quiet=True)
+        return {"rows": result.rows}
+
+
+def _attempt_study(layout: Layout) -> dict[str, Any]:
+    """The same for every stage of every arm, each starting from the one before."""
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(prefix="isoform-try-") as folder:
+        for arm, options in layout.arms():
+            if not options.stages:
+                continue
+            for run in layout.chain(arm, layout.seeds[0]):
+                start = Path(folder) / run.parent.folder / "final" if run.parent else None
+                target = Path(folder) / run.folder
+                if not target.exists():
+                    rows += train(
+                        _one_step(run.config), target, start=start, precision=layout.precision, quiet=True
+                    ).rows
+    return {"rows": rows}
 
 
 def _total(
@@ -69,7 +92,7 @@ def _total(
     checks: list[dict[str, Any]],
     *,
     trials: dict[str, int] | None = None,
-    config_attempt: dict[str, Any] | None = None,
+    attempt: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     return {
         "name": name,
@@ -80,5 +103,5 @@ def _total(
         "free_disk_bytes": free_bytes(Path.cwd()),
         "memory_bytes": machine.memory_bytes(),
         "audit": checks,
-        "attempt": config_attempt,
+        "attempt": attempt,
     }

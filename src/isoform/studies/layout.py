@@ -22,7 +22,7 @@ from isoform.storage import fingerprint
 AS_IS = "as-is"
 
 # Fields of a run that change neither its weights nor its scores, so that they do not belong to its identity.
-UNIDENTIFYING = ("name", "track")
+UNIDENTIFYING = ("name", "about", "track")
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from isoform.training.step import autocast
 # Fields that a resume may change: they alter neither the weights nor what is measured.
 FREE = {
     "name",
+    "about",
     "track",
     "data.root",
     "train.checkpoint_every_steps",
