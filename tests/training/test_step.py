@@ -17,6 +17,7 @@ OBJECTIVES = {
         "objective": {"kind": "answers"},
         "data": {"path": None, "train": "pairs.tsv", "columns": ["question", "answer"]},
         "text": {"max_tokens": 48},
+        "train": {"select": {"metric": "last"}},
     },
 }
 
