@@ -1,7 +1,8 @@
 """Measures how often the statistics of comparisons are right; writes `docs/calibration.csv` and `docs/calibration.md`.
 
-    python benchmarks/calibration.py                       10,000 studies a cell: half an hour on two cores
+    python benchmarks/calibration.py                       10,000 studies a cell: half an hour of processor time
     python benchmarks/calibration.py --studies 500         a quick look, written to the folder given by --out
+    python benchmarks/calibration.py --examples 5000       only these cells again; the CSV's other rows stay
     python benchmarks/calibration.py --render              the page again from the CSV
     python benchmarks/calibration.py --runs STUDY_FOLDER   A/A pairs from a real study's predictions, printed
 
@@ -97,11 +98,24 @@ def other_rows(num_studies: int, pool: Executor) -> Iterable[Row]:
 
 def as_csv(rows: Iterable[Row]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, [*FIELDS, *MEASURED], restval="", lineterminator="\n")
+    writer = csv.DictWriter(text, [*FIELDS, *MEASURED], restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    for row in rows:
-        writer.writerow({key: f"{value:.4f}" if isinstance(value, float) else value for key, value in row.items()})
+    for row in sorted(rows, key=lambda row: (row["part"], row["metric"], row["seeds"], row["examples"])):
+        writer.writerow({key: as_cell(value) for key, value in row.items()})
     return text.getvalue()
+
+
+def as_cell(value: Any) -> Any:
+    if isinstance(value, float):
+        return f"{value:.4f}" if value == value else ""
+    return value
+
+
+def kept_rows(folder: Path, measured: Sequence[int]) -> list[Row]:
+    """The rows of the CSV that were not measured again."""
+    path = folder / "calibration.csv"
+    rows = read_csv(path) if path.exists() else []
+    return [row for row in rows if row["part"] != "means" or row["examples"] not in measured]
 
 
 def read_csv(path: Path) -> list[Row]:
@@ -136,6 +150,11 @@ def chosen(rows: list[Row], **wanted: Any) -> list[Row]:
     return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
 
 
+def sizes(rows: list[Row]) -> list[int]:
+    """The numbers of examples that were measured."""
+    return sorted({row["examples"] for row in rows})
+
+
 def false_verdicts(rows: list[Row]) -> list[float]:
     return [1 - row["coverage"] for row in rows]
 
@@ -143,7 +162,7 @@ def false_verdicts(rows: list[Row]) -> list[float]:
 def by_size(rows: list[Row], arms: str, numbers: Any, **form: Any) -> str:
     """Seeds x examples down, seed spread across; the range over outcomes, shared first stage or not."""
     lines = []
-    for num_seeds, num_examples in itertools.product(NUM_SEEDS, NUM_EXAMPLES):
+    for num_seeds, num_examples in itertools.product(NUM_SEEDS, sizes(rows)):
         cells = [chosen(rows, seeds=num_seeds, examples=num_examples, arms=arms, spread=spread) for spread in SPREADS]
         lines.append([num_seeds, f"{num_examples:,}", *(span(numbers(cell), **form) for cell in cells)])
     return table(["seeds", "examples", *(f"spread {spread}" for spread in SPREADS)], lines)
@@ -231,24 +250,22 @@ def page(rows: list[Row]) -> str:
     means = chosen(rows, part="means")
     misses = outside(means)
     held = f"Of {len(means):,} cells, {len(means) - len(misses):,} keep every bound."
-    return (
-        (DOCS / "calibration.template.md")
-        .read_text(encoding="utf-8")
-        .format(
-            studies=f"{max(row['studies'] for row in means):,}",
-            summary=summary(means),
-            held=held if misses else f"All {len(means):,} cells keep every bound.",
-            outside="\n".join(f"- {text}" for text in misses[:20]),
-            false=by_size(means, "same", false_verdicts),
-            equal=by_size(means, "equal", false_verdicts),
-            effect=by_size(means, "effect", lambda cell: [row["coverage"] for row in cell]),
-            width=by_size(means, "effect", lambda cell: [row["width"] for row in cell], factor=1, decimals=2),
-            tried=tried(means),
-            ratios=ratio_table(rows),
-            one_seed=one_seed_table(rows),
-            margins=margin_table(rows),
-            two_seeds=span([row["width"] for row in chosen(means, seeds=2)], factor=1).replace("–", "to"),
-        )
+    template = Path(__file__).with_name("calibration_page.md").read_text(encoding="utf-8")
+    return template.format(
+        studies=f"{min(row['studies'] for row in means):,}",
+        sizes=", ".join(f"{size:,}" for size in sizes(means)),
+        summary=summary(means),
+        held=held if misses else f"All {len(means):,} cells keep every bound.",
+        outside="\n".join(f"- {text}" for text in misses[:20]) or "- none",
+        false=by_size(means, "same", false_verdicts),
+        equal=by_size(means, "equal", false_verdicts),
+        effect=by_size(means, "effect", lambda cell: [row["coverage"] for row in cell]),
+        width=by_size(means, "effect", lambda cell: [row["width"] for row in cell], factor=1, decimals=2),
+        tried=tried(means),
+        ratios=ratio_table(rows) if chosen(rows, part="ratios") else "Not measured.",
+        one_seed=one_seed_table(rows) if chosen(rows, part="one seed") else "Not measured.",
+        margins=margin_table(rows),
+        two_seeds=span([row["width"] for row in chosen(means, seeds=2)], factor=1).replace("–", "to"),
     )
 
 
@@ -269,6 +286,7 @@ def main() -> None:
     )
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--out", type=Path, default=DOCS, help="folder of the CSV and the page")
+    parser.add_argument("--examples", type=int, nargs="+", help="only the cells of these numbers of examples")
     parser.add_argument("--render", action="store_true", help="write the page from the CSV that is there")
     parser.add_argument("--runs", type=Path, help="a study folder: A/A pairs from its stored predictions")
     options = parser.parse_args()
@@ -278,7 +296,8 @@ def main() -> None:
     if not options.render:
         began = time.monotonic()
         with ProcessPoolExecutor(options.workers) as pool:
-            rows = [*grid_rows(run_grid(options.studies, pool)), *other_rows(options.studies, pool)]
+            rows = list(grid_rows(run_grid(options.studies, options.examples or NUM_EXAMPLES, pool)))
+            rows += kept_rows(options.out, options.examples) if options.examples else other_rows(options.studies, pool)
         write_text(options.out / "calibration.csv", as_csv(rows))
         print(f"measured in {(time.monotonic() - began) / 60:.0f} minutes")
     write_text(options.out / "calibration.md", page(read_csv(options.out / "calibration.csv")))

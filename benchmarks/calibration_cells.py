@@ -138,9 +138,9 @@ def run_chunk(task: tuple[int, int, int, int]) -> dict[Cell, Tally]:
     return tallies
 
 
-def run_grid(num_studies: int, pool: Executor) -> dict[Cell, Tally]:
+def run_grid(num_studies: int, sizes: Iterable[int], pool: Executor) -> dict[Cell, Tally]:
     tasks = []
-    for num_examples, num_seeds in itertools.product(NUM_EXAMPLES, NUM_SEEDS):
+    for num_examples, num_seeds in itertools.product(sizes, NUM_SEEDS):
         size = max(1, CHUNK // (num_seeds * num_examples))
         starts = range(0, num_studies, size)
         tasks += [(num_seeds, num_examples, start, min(size, num_studies - start)) for start in starts]
