@@ -1,1 +1,1 @@
-"""TODO"""
+"""Studies: arms x seeds, the audit, the statistics, and the report; what is finished is read without torch."""
