@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -33,7 +32,7 @@ from isoform.training.guards import Interrupts
 from isoform.training.logs import RunLog
 from isoform.training.prepare import Prepared
 from isoform.training.progress import Progress
-from isoform.training.step import LossModule, accumulate, parameter_groups, set_rates
+from isoform.training.step import LossModule, accumulate, set_rates
 
 # A folder beside the checkpoints for each way to choose one: the best by the selected metric, and by loss.
 BEST_METRIC = "best-metric"
@@ -314,11 +313,3 @@ class Loop:
 def planned_rates(run: Prepared) -> list[float]:
     """The learning rate of every step, before any is taken."""
     return [run.config.train.learning_rate * run.factor(step) for step in range(run.num_steps)]
-
-
-def peak_rates(optimizers: list[torch.optim.Optimizer]) -> list[dict[str, Any]]:
-    """Each parameter group's peak rate and number of parameters, for the plan."""
-    return [
-        {"peak_rate": group["peak_rate"], "parameters": sum(p.numel() for p in group["params"])}
-        for group in parameter_groups(optimizers)
-    ]

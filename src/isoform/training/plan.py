@@ -13,6 +13,7 @@ import torch
 from isoform.evaluation.evaluate import evaluate
 from isoform.models.accounting import accounts
 from isoform.training.feed import Feed
+from isoform.training.loop import planned_rates
 from isoform.training.prepare import Prepared
 from isoform.training.step import LossModule, accumulate, autocast, set_rates
 
@@ -41,7 +42,7 @@ def plan_run(run: Prepared, *, probe: bool = True) -> dict[str, Any]:
     seconds_step = _seconds_per_step(run) if probe else None
     evaluations = _num_evaluations(run)
     seconds_evaluation = _seconds_per_evaluation(run) if probe else None
-    rates = [train.learning_rate * run.factor(step) for step in range(run.num_steps)]
+    rates = planned_rates(run)
     folders = 3 if evaluations else 2
     result: dict[str, Any] = {
         "steps": run.num_steps,

@@ -131,9 +131,8 @@ def _train(
             seconds={"training": outcome.seconds},
         )
         rows = _finish(run, folder, outcome.state.scalars, manifest)
-        manifest["seconds"]["total"] = (
-            outcome.seconds + time.monotonic() - began - (outcome.seconds if not found else 0)
-        )
+        before = float(found.state.scalars.get("seconds", 0.0)) if found else 0.0
+        manifest["seconds"]["total"] = before + time.monotonic() - began
         manifest.update(
             complete=True,
             finished=_now(),

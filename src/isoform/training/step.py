@@ -71,11 +71,6 @@ def accumulate(
     return totals
 
 
-def weighted_loss(totals: dict[str, float], counts: dict[str, float], weights: dict[str, float]) -> float:
-    """The step's loss from the reduced totals and counts."""
-    return sum(weights.get(name, 1.0) * total / max(1.0, counts[name]) for name, total in totals.items())
-
-
 def set_rates(optimizers: list[torch.optim.Optimizer], factor: float) -> float:
     """Sets every group's rate to its peak times `factor`; returns the first group's."""
     rates = []
