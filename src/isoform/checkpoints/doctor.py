@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from isoform import machine, storage
-from isoform.checkpoints import folders, manifest
+from isoform.checkpoints import folders, manifest, sources
 from isoform.errors import IsoformError
 
 Level = Literal["ok", "info", "warning", "error"]
@@ -38,7 +38,7 @@ def examine(path: str | Path | None = None) -> list[Finding]:
     folder = Path(path)
     if not folder.is_dir():
         try:
-            folders.model_folder(path)
+            sources.resolve_model(path)
         except IsoformError as error:
             return [Finding("error", str(error))]
     findings = _leftovers(folder) + _pickles(folder)
@@ -126,7 +126,7 @@ def _leftovers(folder: Path) -> list[Finding]:
 def _pickles(folder: Path) -> list[Finding]:
     return [
         Finding("warning", f"{path}: a pickle, which can run code when it is opened", "never read here; delete it")
-        for path in folders.pickles(folder)
+        for path in sources.pickles(folder)
     ]
 
 

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from isoform import registry, storage
 from isoform.checkpoints import manifest, tensors
+from isoform.checkpoints.sources import pickle_error, pickles, resolve_model
 from isoform.checkpoints.tensors import read_object
 from isoform.contracts import Tokenizer
 from isoform.errors import CheckpointError, IsoformError
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer
 
 NATIVE_PREFIX = "isoform-"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,12 +134,12 @@ def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
 def load_model(
     path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
 ) -> LoadedModel:
-    """A model from a run folder, a model or checkpoint folder, a folder of transformers, or `hf:owner/name[@revision]`.
+    """A model from any source of `checkpoints.sources`: run, isoform or Hugging Face folder, package, hub.
 
     dtype: of the parameters; None: as stored. Damaged files, pickles, remote code, and tensors that are unknown,
     missing or of another shape are refused by name. Raises: CheckpointError.
     """
-    folder = model_folder(path)
+    folder = resolve_model(path)
     verified = (folder / manifest.NAME).is_file()
     if verified:
         manifest.verify(folder)
@@ -190,30 +190,6 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], where: str) -> None:
                 f"{tuple(expected[name].shape)} is expected from the config"
             )
     model.load_state_dict(weights)
-
-
-def model_folder(path: str | Path) -> Path:
-    """The folder that holds the weights that `path` speaks of. Raises: CheckpointError that says what was expected."""
-    text = str(path)
-    if text.startswith("hf:"):
-        return _fetch(text.removeprefix("hf:"))
-    folder = Path(path)
-    if folder.is_file() or text.startswith("pkg:"):
-        if folder.suffix in PICKLES:
-            raise _pickle_error(folder)
-        raise CheckpointError(f"{path}: a model folder, a run folder or hf:owner/name[@revision] is expected")
-    if not folder.is_dir():
-        raise CheckpointError(f"{path}: no such folder; a model folder, a run folder or hf:owner/name is expected")
-    if (folder / "config.json").is_file():
-        return folder
-    if (folder / "final" / "config.json").is_file():
-        return folder / "final"
-    states = sorted((folder / "checkpoints").glob("step-*")) or sorted(folder.glob("step-*"))
-    if states:
-        raise CheckpointError(
-            f"{path}: no final model yet: the run has not ended; its newest checkpoint is {states[-1]}"
-        )
-    raise CheckpointError(f"{path}: no config.json here and none in final/: this is no model folder and no run folder")
 
 
 def _identify(folder: Path, hf_config: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
@@ -280,38 +256,8 @@ def _refuse_pickle(folder: Path) -> None:
     if (folder / tensors.SINGLE).is_file() or (folder / tensors.INDEX).is_file():
         return
     for path in pickles(folder):
-        raise _pickle_error(path)
+        raise pickle_error(path)
     raise CheckpointError(f"{folder / tensors.SINGLE}: missing; the folder has a config.json but no weights")
-
-
-def pickles(folder: Path) -> list[Path]:
-    """Files directly in the folder whose names say that they are pickles."""
-    return sorted(path for path in folder.iterdir() if path.suffix in PICKLES)
-
-
-def _pickle_error(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: a pickle, which can run code when it is opened; only .safetensors is read: where you trust the file, "
-        "open it with transformers and write it again with save_pretrained"
-    )
-
-
-def _fetch(name: str) -> Path:
-    """A folder of the Hugging Face hub, from its cache or the network."""
-    repository, _, revision = name.partition("@")
-    try:
-        import huggingface_hub
-    except ImportError:
-        raise CheckpointError(f"hf:{name}: huggingface_hub is not installed; pip install 'isoform[hf]'") from None
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                repository, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt"]
-            )
-        )
-    except Exception as error:  # the hub raises many kinds, of several libraries
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"hf:{name}: not in the local cache and not fetched: {first_line[:200]}") from None
 
 
 def _some(names: Iterable[str], most: int = 5) -> str:

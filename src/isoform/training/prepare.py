@@ -16,6 +16,7 @@ import torch
 
 from isoform import machine
 from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.sources import is_named
 from isoform.config import DataConfig, RunConfig
 from isoform.contracts import Objective, Source
 from isoform.data.corpus import Dataset, build_dataset
@@ -190,7 +191,7 @@ def _model_section(config: RunConfig, start: Path | None) -> tuple[type[Any] | N
                 "remove one of the two"
             )
         start = Path(str(origin))
-        if config.data.root is not None and not start.exists():
+        if config.data.root is not None and not start.exists() and not is_named(start):
             start = Path(config.data.root) / start
     return None, {}, start
 
