@@ -189,7 +189,7 @@ def refused(path: Any, match: str) -> str:
 
 def test_paths_that_are_no_model_say_what_is_expected(tmp_path: Path) -> None:
     refused(tmp_path / "absent", "no such folder")
-    refused(tmp_path, "no model folder, no run folder")
+    refused(tmp_path, "this is no model folder and no run folder")
     (tmp_path / "run" / "checkpoints" / "step-000500").mkdir(parents=True)
     refused(tmp_path / "run", r"the run has not ended; its newest checkpoint is .*step-000500")
     (tmp_path / "notes.txt").write_text("x")
