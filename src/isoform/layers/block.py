@@ -34,6 +34,8 @@ class Stream:
 class SelfAttention(nn.Module):
     """Projections round `attend`: one matrix makes queries, keys and values.
 
+    head_width: k, d / h unless given. scale: of the scores, 1 / sqrt(k) unless given.
+
     Shapes: hidden `(n, d)`; qkv `((h + 2 g) k, d)`, rows in the order queries, keys, values; output `(d, h k)`.
     """
 
@@ -48,12 +50,14 @@ class SelfAttention(nn.Module):
         window: int | None,
         bias: bool,
         dropout: float,
+        head_width: int | None = None,
+        scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_width = num_heads, num_kv_heads, width // num_heads
-        self.layer, self.causal, self.window = layer, causal, window
+        self.num_heads, self.num_kv_heads, self.head_width = num_heads, num_kv_heads, head_width or width // num_heads
+        self.layer, self.causal, self.window, self.scale = layer, causal, window, scale
         self.qkv = linear(width, (num_heads + 2 * num_kv_heads) * self.head_width, bias=bias)
-        self.output = linear(width, width, bias=bias)
+        self.output = linear(num_heads * self.head_width, width, bias=bias)
         self.dropout = Dropout(dropout)
 
     def forward(self, hidden: Tensor, stream: Stream) -> Tensor:
@@ -73,9 +77,10 @@ class SelfAttention(nn.Module):
             causal=self.causal,
             window=self.window,
             slopes=stream.position.slopes(),
+            scale=self.scale,
             dropout=self.dropout.on_weights(stream.dropout_keys),
         )
-        output: Tensor = self.output(mixed.flatten(1))  # (n, h, k) -> (n, d)
+        output: Tensor = self.output(mixed.flatten(1))  # (n, h, k) -> (n, h k) -> (n, d)
         return output
 
 
