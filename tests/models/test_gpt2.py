@@ -318,7 +318,10 @@ def test_unknown_and_missing_tensors_are_named() -> None:
     tensors, config = stored(hf), hf.config.to_dict()
     del tensors["transformer.h.1.ln_2.bias"]
     tensors["transformer.h.2.ln_1.weight"] = torch.ones(32)
-    message = r"unknown: transformer.h.2.ln_1.weight; tensors missing: transformer.h.1.ln_2.bias"
+    message = (
+        r"unknown: transformer.h.2.ln_1.weight \(did you mean 'transformer.h.1.ln_2.bias'\?\); "
+        r"tensors missing: transformer.h.1.ln_2.bias"
+    )
     with pytest.raises(CheckpointError, match=message):
         GPT2.state_from_hf(config, tensors)
 

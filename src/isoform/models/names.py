@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from isoform.errors import CheckpointError
+from isoform.registry import nearest
 
 
 def same(tensor: Tensor) -> Tensor:
@@ -29,6 +30,7 @@ def transposed(tensor: Tensor) -> Tensor:
 class Place:
     """Our name for one of their tensors, and how values are carried there and back.
 
+    rows: (first, end) where theirs is a part of ours, as one of the three matrices of queries, keys and values.
     fill: what stands in their tensor where our model has no such parameter (a bias of zeros, a fixed position table, a
     tied head), as a function of our parameters; None: no such tensor. write_fill: whether it is written too.
     """
@@ -38,6 +40,7 @@ class Place:
     write: Callable[[Tensor], Tensor] = same
     fill: Callable[[Mapping[str, Tensor]], Tensor] | None = None
     write_fill: bool = True
+    rows: tuple[int, int] | None = None
 
 
 Table = Mapping[str, Place | None]
@@ -56,25 +59,29 @@ def expand(table: Table, num_layers: int) -> dict[str, Place | None]:
 def to_ours(tensors: Mapping[str, Tensor], table: Table, num_layers: int, ours: Iterable[str]) -> dict[str, Tensor]:
     """Their tensors under our names, dtypes kept.
 
-    ours: the names of our parameters. Raises: CheckpointError naming tensors that are unknown, that are missing, or
-    that hold values which our model has no parameter for.
+    ours: the names of our parameters. Raises: CheckpointError naming tensors that are unknown (with the missing one
+    that each is most like), that are missing, or that hold values which our model has no parameter for.
     """
     places, wanted = expand(table, num_layers), set(ours)
     unknown = sorted(set(tensors) - set(places))
-    needed = {place.name: theirs for theirs, place in places.items() if place and place.name in wanted}
-    missing = sorted(theirs for theirs in needed.values() if theirs not in tensors)
-    if unknown or missing or wanted - set(needed):
-        lists = {"unknown": unknown, "missing": missing, "without a name in this format": sorted(wanted - set(needed))}
+    needed = {theirs: place for theirs, place in places.items() if place and place.name in wanted}
+    missing = sorted(set(needed) - set(tensors))
+    unnamed = sorted(wanted - {place.name for place in needed.values()})
+    if unknown or missing or unnamed:
+        guessed = [name + nearest(name, missing) for name in unknown]
+        lists = {"unknown": guessed, "missing": missing, "without a name in this format": unnamed}
         raise CheckpointError("; ".join(f"tensors {word}: {listed(names)}" for word, names in lists.items() if names))
-    result = {}
+    pieces: dict[str, dict[tuple[int, int], Tensor]] = {}
+    for theirs, place in needed.items():
+        pieces.setdefault(place.name, {})[place.rows or (0, 0)] = place.read(tensors[theirs])
+    result = {
+        name: torch.cat([parts[rows] for rows in sorted(parts)]) if len(parts) > 1 else next(iter(parts.values()))
+        for name, parts in pieces.items()
+    }
     for theirs, tensor in tensors.items():
-        place = places[theirs]
-        if place is not None and place.name in wanted:
-            result[place.name] = place.read(tensor)
-    for theirs, tensor in tensors.items():
-        place = places[theirs]
-        if place is not None and place.name not in wanted:
-            _check_fill(theirs, tensor, place, result)
+        unused = places[theirs]
+        if unused is not None and unused.name not in wanted:
+            _check_fill(theirs, tensor, unused, result)
     return result
 
 
@@ -94,7 +101,8 @@ def to_theirs(parameters: Mapping[str, Tensor], table: Table, num_layers: int) -
         if place is None:
             continue
         if place.name in parameters:
-            result[theirs] = place.write(parameters[place.name])
+            parameter = parameters[place.name]
+            result[theirs] = place.write(parameter if place.rows is None else parameter[slice(*place.rows)])
         elif place.fill is not None and place.write_fill:
             result[theirs] = place.write(place.fill(parameters).to(dtype)).contiguous()
     return result
