@@ -5,7 +5,7 @@ norm first   x + arm(norm(x))          norm last   norm(x + arm(x))
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -14,6 +14,7 @@ from isoform.layers.attention import attend
 from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout
 from isoform.layers.init import linear
+from isoform.layers.moe import MixtureOfExperts
 from isoform.layers.position import Position
 
 
@@ -22,6 +23,7 @@ class Stream:
     """What every block of a forward pass reads beside the hidden states.
 
     positions: `(n,)`; dropout_keys: `(n,)` or None, no dropout; cache: of earlier tokens, or None.
+    router_logits: `(n, e)` of every layer that routes, which the blocks add here as the pass goes through them.
     """
 
     positions: Tensor
@@ -29,6 +31,7 @@ class Stream:
     position: Position
     dropout_keys: Tensor | None = None
     cache: KVCache | None = None
+    router_logits: list[Tensor] = field(default_factory=list)
 
 
 class SelfAttention(nn.Module):
@@ -110,8 +113,16 @@ class Block(nn.Module):
         keys = stream.dropout_keys
         if self.norm_first:
             hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), stream), keys)
-            hidden = hidden + self.feedforward_dropout(self.feedforward(self.feedforward_norm(hidden)), keys)
+            hidden = hidden + self.feedforward_dropout(self._feed(self.feedforward_norm(hidden), stream), keys)
         else:
             hidden = self.attention_norm(hidden + self.attention_dropout(self.attention(hidden, stream), keys))
-            hidden = self.feedforward_norm(hidden + self.feedforward_dropout(self.feedforward(hidden), keys))
+            hidden = self.feedforward_norm(hidden + self.feedforward_dropout(self._feed(hidden, stream), keys))
         return hidden
+
+    def _feed(self, hidden: Tensor, stream: Stream) -> Tensor:
+        if isinstance(self.feedforward, MixtureOfExperts):
+            mixed, router_logits = self.feedforward.route(hidden)
+            stream.router_logits.append(router_logits)
+            return mixed
+        output: Tensor = self.feedforward(hidden)
+        return output
