@@ -162,7 +162,7 @@ def test_parameters_of_the_published_character_model() -> None:
 
 def test_config_spells_out_its_parts() -> None:
     config = GPT2.Config(position="rope", norm={"kind": "layernorm", "bias": False})
-    assert config.position == {"kind": "rope", "base": 10_000.0, "fraction": 1.0, "scale": 1.0}
+    assert config.position == {"kind": "rope", "base": 10_000.0, "fraction": 1.0, "scale": 1.0, "scaling": None}
     assert config.norm == {"kind": "layernorm", "eps": 1e-5, "bias": False}
     assert GPT2.Config(**config.model_dump(mode="json")) == config
 

@@ -14,11 +14,12 @@ from __future__ import annotations
 import math
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isoform.errors import ConfigError
 from isoform.layers.init import embedding
+from isoform.layers.rope_scaling import Scaling
 from isoform.registry import Options, register
 
 
@@ -112,7 +113,7 @@ class Rope(Position):
     so that query . key depends on the distance alone. r = fraction * k rotated channels, the rest stay as they are.
     Shapes: query `(n, h, k)`, key `(m, g, k)`.
     Source: Su et al. 2021; half-split layout as in HF `apply_rotary_pos_emb`; `scale` is the linear position
-    interpolation of Chen et al. 2023. Differs: nothing.
+    interpolation of Chen et al. 2023; others in `rope_scaling`. Differs: nothing.
     """
 
     class Config(Options):
@@ -121,6 +122,14 @@ class Rope(Position):
         # share of each head's channels that is rotated
         scale: float = Field(1.0, gt=0)
         # positions are divided by it
+        scaling: Scaling | None = None
+        # {kind: llama3} or {kind: yarn} with its options, in place of `scale`
+
+        @model_validator(mode="after")
+        def _one_way(self) -> Rope.Config:
+            if self.scaling is not None and self.scale != 1:
+                raise ValueError("`scale` and `scaling` are both given; keep one")
+            return self
 
     def __init__(
         self, config: Config, *, width: int, num_heads: int, head_width: int, max_positions: int | None
@@ -132,7 +141,7 @@ class Rope(Position):
                 f"model.position.fraction: {config.fraction} of the head width {head_width} is {self.rotated} "
                 "channels, an even number from 2 on is expected"
             )
-        self.base, self.scale = config.base, config.scale
+        self.base, self.scale, self.scaling = config.base, config.scale, config.scaling
 
     def rotate(
         self, query: Tensor, key: Tensor, query_positions: Tensor, key_positions: Tensor
@@ -144,11 +153,15 @@ class Rope(Position):
     def waves(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines `(n, 1, r/2)` of the angles, made in float32 as HF makes them."""
         angle = (positions / self.scale).float()[:, None] * self.inverse_frequencies(positions.device)
-        return angle.cos().to(dtype)[:, None], angle.sin().to(dtype)[:, None]
+        cos, sin = angle.cos()[:, None], angle.sin()[:, None]
+        if self.scaling is not None and self.scaling.amplitude != 1:
+            cos, sin = cos * self.scaling.amplitude, sin * self.scaling.amplitude
+        return cos.to(dtype), sin.to(dtype)
 
     def inverse_frequencies(self, device: torch.device) -> Tensor:
-        """`(r/2,)` radians per position of each pair of channels; what other scalings change."""
-        return inverse_frequencies(self.rotated, self.base, device)
+        """`(r/2,)` radians per position of each pair of channels."""
+        theta = inverse_frequencies(self.rotated, self.base, device)
+        return theta if self.scaling is None else self.scaling.angles(theta, self.base)
 
 
 @register("position", "alibi")
