@@ -31,7 +31,7 @@ from isoform.data.shards import FieldReader, FieldWriter, GrowingNumbers, Mapped
 from isoform.data.windows import Windower
 from isoform.errors import LockedError
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Dataset:

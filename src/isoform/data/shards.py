@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from isoform.contracts import IntArray
+from isoform.errors import DataError
 
 # Mapped pages count as this process's memory until they are given back; they are, after so many bytes were read.
 MAPPED_BYTES = 32_000_000
@@ -70,7 +71,7 @@ class FieldReader:
     """The ids of one field over all shards."""
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int, pages: Pages) -> None:
-        self.shard_tokens = shard_tokens
+        self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
         self.starts = MappedNumbers(folder / f"{name}.starts", "i8", pages)
         self.lengths = MappedNumbers(folder / f"{name}.lengths", "i4", pages)
         self._shards = [MappedNumbers(path, dtype, pages) for path in sorted(folder.glob(f"{name}.*.tokens"))]
@@ -84,6 +85,8 @@ class FieldReader:
         while length:
             shard, place = divmod(start, self.shard_tokens)
             part = self._shards[shard].array(place, min(place + length, self.shard_tokens)).astype(np.int32)
+            if not len(part):
+                raise DataError(f"{self.folder}: the stored field {self.name!r} ends early; remove the folder")
             parts.append(part)
             start, length = start + len(part), length - len(part)
         if len(parts) == 1:
