@@ -24,7 +24,7 @@ def embedding(rows: int, width: int) -> nn.Embedding:
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, seed: int, *, num_layers: int, std: float = 0.02) -> None:
+def initialize(model: nn.Module, seed: int, *, num_layers: int | None, std: float = 0.02) -> None:
     """Draws every parameter of the model, each from its own stream keyed by (seed, "init", its name).
 
     | parameter                                              | distribution                        |
@@ -34,6 +34,8 @@ def initialize(model: nn.Module, seed: int, *, num_layers: int, std: float = 0.0
     | `output.weight`, `down.weight` (end of a residual arm) | N(0, (std / sqrt(2 num_layers))^2)  |
     | every other matrix (projections, tables, head)         | N(0, std^2)                         |
 
+    num_layers: None where the ends of residual arms are like every other matrix (BERT).
+
     So a parameter of equal name and shape has equal values in every variant of a model, whatever else it contains.
     Source: Radford et al. 2019, section 2.3, and HF `GPT2PreTrainedModel._init_weights`. Differs: nothing.
     """
@@ -41,8 +43,8 @@ def initialize(model: nn.Module, seed: int, *, num_layers: int, std: float = 0.0
         if parameter.ndim == 1:
             parameter.fill_(0.0 if name.endswith("bias") else 1.0)
         else:
-            residual = name.endswith(("output.weight", "down.weight"))
-            scale = std / math.sqrt(2 * num_layers) if residual else std
+            ends_arm = name.endswith(("output.weight", "down.weight"))
+            scale = std / math.sqrt(2 * num_layers) if ends_arm and num_layers is not None else std
             parameter.copy_(normal(parameter.shape, seed, name) * scale)
 
 

@@ -100,7 +100,7 @@ def _read_gpt2(given: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": given.get("n_layer", 12),
         "num_heads": given.get("n_head", 12),
         "feedforward_width": given.get("n_inner"),
-        "feedforward": {"kind": _activation(given, "activation_function", "gelu_new")},
+        "feedforward": {"kind": activation(given, "activation_function", "gelu_new")},
         "norm": {"kind": "layernorm", "eps": given.get("layer_norm_epsilon", 1e-5)},
         "position": {"kind": "learned"},
         "tied": given.get("tie_word_embeddings", True),
@@ -124,7 +124,7 @@ def _read_neox(given: Mapping[str, Any]) -> dict[str, Any]:
         "num_layers": given.get("num_hidden_layers", 44),
         "num_heads": heads,
         "feedforward_width": given.get("intermediate_size", 24576),
-        "feedforward": {"kind": _activation(given, "hidden_act", "gelu")},
+        "feedforward": {"kind": activation(given, "hidden_act", "gelu")},
         "norm": {"kind": "layernorm", "eps": given.get("layer_norm_eps", 1e-5)},
         "position": {
             "kind": "rope",
@@ -143,7 +143,8 @@ def _refuse(given: Mapping[str, Any], field: str, expected: bool, default: bool 
         raise ConfigError(f"config.json: {field} is {value}, {expected} is expected: this model has no such form here")
 
 
-def _activation(given: Mapping[str, Any], field: str, default: str) -> str:
+def activation(given: Mapping[str, Any], field: str, default: str) -> str:
+    """Our kind of feed-forward layer for the activation that config.json names. Raises: ConfigError."""
     name = given.get(field, default)
     for ours, theirs in ACTIVATIONS.items():
         if name in theirs:

@@ -71,18 +71,30 @@ def to_ours(tensors: Mapping[str, Tensor], table: Table, num_layers: int, ours: 
         guessed = [name + nearest(name, missing) for name in unknown]
         lists = {"unknown": guessed, "missing": missing, "without a name in this format": unnamed}
         raise CheckpointError("; ".join(f"tensors {word}: {listed(names)}" for word, names in lists.items() if names))
-    pieces: dict[str, dict[tuple[int, int], Tensor]] = {}
-    for theirs, place in needed.items():
-        pieces.setdefault(place.name, {})[place.rows or (0, 0)] = place.read(tensors[theirs])
-    result = {
-        name: torch.cat([parts[rows] for rows in sorted(parts)]) if len(parts) > 1 else next(iter(parts.values()))
-        for name, parts in pieces.items()
-    }
+    result = _joined({theirs: (place, place.read(tensors[theirs])) for theirs, place in needed.items()})
     for theirs, tensor in tensors.items():
         unused = places[theirs]
         if unused is not None and unused.name not in wanted:
             _check_fill(theirs, tensor, unused, result)
     return result
+
+
+def _joined(read: Mapping[str, tuple[Place, Tensor]]) -> dict[str, Tensor]:
+    """Our parameters from their tensors. Raises: CheckpointError where a part has not the rows of its place."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for theirs, (place, tensor) in read.items():
+        first, end = place.rows or (0, len(tensor) if tensor.ndim else 0)
+        others = parts.setdefault(place.name, {})
+        width = next((other.shape[1:] for other in others.values()), tensor.shape[1:])
+        if place.rows is not None and tensor.shape != (end - first, *width):
+            raise CheckpointError(
+                f"{theirs}: has the shape {tuple(tensor.shape)}, {(end - first, *width)} is expected from the config"
+            )
+        others[first] = tensor
+    return {
+        name: torch.cat([some[first] for first in sorted(some)]) if len(some) > 1 else next(iter(some.values()))
+        for name, some in parts.items()
+    }
 
 
 def _check_fill(theirs: str, tensor: Tensor, place: Place, ours: Mapping[str, Tensor]) -> None:

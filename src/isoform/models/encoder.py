@@ -1,0 +1,182 @@
+"""What the encoder families share: the head that guesses masked tokens, the dense call, and the way to Hugging Face."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isoform.contracts import Batch, Sequences
+from isoform.errors import ConfigError
+from isoform.layers.init import linear
+from isoform.models import names
+
+# Under this key `checkpoints.folders` adds the names of the stored tensors to a config.json: they say which heads a
+# folder has, which its `architectures` often does not.
+TENSOR_NAMES = "tensor_names"
+
+
+class MaskedHead(nn.Module):
+    """Scores over the vocabulary at chosen places.
+
+    logits = table norm(act(dense hidden)) + bias
+
+    Shapes: hidden `(m, d)`, dense `(d, d)`, table `(v, d)`, bias `(v,)` -> `(m, v)`; the table is the embedding unless
+    the head has its own. Source: HF `BertLMPredictionHead`. Differs: nothing.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        vocab_size: int,
+        norm: nn.Module,
+        activation: Callable[[Tensor], Tensor],
+        *,
+        tied: bool,
+        dense_bias: bool = True,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dense = linear(width, width, bias=dense_bias)
+        self.activation, self.norm = activation, norm
+        self.table = None if tied else linear(width, vocab_size, bias=False)
+        self.bias = nn.Parameter(torch.empty(vocab_size)) if bias else None
+
+    def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
+        table = embedding if self.table is None else self.table.weight
+        return F.linear(self.norm(self.activation(self.dense(hidden))), table, self.bias)
+
+
+def dense_logits(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+) -> Tensor:
+    """The call that people know: padded ids, mask and types `(b, t)` -> logits `(b, t, v)`, zero at padding."""
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    real = mask.bool()
+    batch = Batch(
+        tokens=input_ids[real],
+        positions=(real.cumsum(dim=1) - 1)[real],
+        sequences=Sequences(real.sum(dim=1).tolist()),
+        sample_keys=torch.arange(len(input_ids), device=input_ids.device),
+        segments=None if token_type_ids is None else token_type_ids[real],
+    )
+    logits: Tensor = model.logits(model(batch).hidden)
+    return logits.new_zeros(*input_ids.shape, logits.shape[-1]).masked_scatter(real[..., None], logits)
+
+
+def vocabulary(config: Any) -> int:
+    """The vocabulary's size, where widths and heads fit together. Raises: ConfigError."""
+    if config.vocab_size is None:
+        raise ConfigError("model.vocab_size: missing; give it, or a tokenizer that knows it")
+    if config.width % config.num_heads:
+        raise ConfigError(
+            f"model.num_heads: {config.num_heads} given, a divisor of model.width {config.width} is expected"
+        )
+    size: int = config.vocab_size
+    return size
+
+
+def check_length(sequences: Sequences, limit: int | None) -> None:
+    """Raises: ConfigError where a sequence is longer than the table of positions."""
+    if limit is not None and sequences.max_length > limit:
+        raise ConfigError(
+            f"model.max_positions: {limit} learned positions, a sequence of {sequences.max_length} tokens given; "
+            "shorten it (text.max_tokens)"
+        )
+
+
+def no_head() -> ConfigError:
+    """What to say where logits are asked of an encoder alone."""
+    return ConfigError(
+        "model.head: none: these weights are an encoder without a head that guesses tokens; start from a folder of "
+        "...ForMaskedLM, or from scratch"
+    )
+
+
+def no_cache(family: str) -> ConfigError:
+    """What to say where an encoder is asked to write a text."""
+    return ConfigError(f"model.family: {family} reads a text from both sides and cannot continue one; gpt2 can")
+
+
+# ----------------------------------------------------------------------------------------------------- Hugging Face
+
+
+@dataclass(frozen=True, slots=True)
+class HuggingFace:
+    """A family's form in transformers, both ways.
+
+    why_not: reasons why it has no form for a config. write, read: config.json and our options. table: see `names`.
+    renamed: their tensors under the names of the table, for old or headless checkpoints.
+    stored: the names of the table as that config's folder has them (a headless model has no prefix).
+    """
+
+    why_not: Callable[[Any], list[str]]
+    write: Callable[[Any], dict[str, Any]]
+    read: Callable[[Mapping[str, Any]], dict[str, Any]]
+    table: Callable[[Any], names.Table]
+    renamed: Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+    stored: Callable[[Any, dict[str, Tensor]], dict[str, Tensor]]
+
+    def form(self, cls: Any, config: Any) -> tuple[dict[str, Any] | None, str | None]:
+        """(config.json, None), or (None, the reason why there is none)."""
+        broken = self.why_not(config)
+        if broken:
+            return None, f"{' and '.join(cls.hf_model_types)} in transformers has no {', no '.join(broken)}"
+        form = self.write(config)
+        if resolved(cls.from_hf(form)) != resolved(config):
+            # What the form cannot say (a fixed position table) is read again from here.
+            form["isoform"] = config.model_dump(mode="json")
+        return form, None
+
+    def options(self, config: Mapping[str, Any]) -> dict[str, Any]:
+        """Our options from config.json. Raises: ConfigError naming the field that our model cannot follow."""
+        return dict(config.get("isoform") or self.read(config))
+
+    def state_in(self, cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Their tensors under our names. Raises: CheckpointError naming what is unknown, missing or not ours."""
+        ours = cls.from_hf({**config, TENSOR_NAMES: list(tensors)})
+        with torch.device("meta"):
+            expected = cls(ours, seed=None).state_dict()
+        return names.to_ours(self.renamed(tensors), self.table(ours), ours.num_layers, expected)
+
+    def state_out(self, model: Any) -> dict[str, Tensor]:
+        """Our tensors under their names. Raises: ConfigError where there is no form."""
+        form, reason = self.form(type(model), model.config)
+        if form is None:
+            raise ConfigError(f"model: no Hugging Face form: {reason}")
+        config = model.config
+        return self.stored(config, names.to_theirs(model.state_dict(), self.table(config), config.num_layers))
+
+
+def resolved(config: Any) -> dict[str, Any]:
+    """The config with what None stands for, so that equal models are equal."""
+    inner, rate = config.feedforward_width or 4 * config.width, config.attention_dropout
+    return {
+        **config.model_dump(),
+        "feedforward_width": inner,
+        "attention_dropout": config.dropout if rate is None else rate,
+    }
+
+
+def stored_names(config: Mapping[str, Any]) -> list[str] | None:
+    """Names of the tensors beside a config.json, where they are known."""
+    found: Iterable[str] | None = config.get(TENSOR_NAMES)
+    return None if found is None else list(found)
+
+
+def prefixed(tensors: Mapping[str, Tensor], stem: str, roots: tuple[str, ...]) -> dict[str, Tensor]:
+    """The encoder's tensors, whose names begin with one of `roots`, behind `stem` where they are not yet."""
+    return {stem + name if name.startswith(roots) else name: tensor for name, tensor in tensors.items()}
+
+
+def refuse(given: Mapping[str, Any], field: str, *expected: Any) -> None:
+    """Raises: ConfigError where a field of config.json has another value than the first or one of the others."""
+    value = given.get(field, expected[0])
+    if value not in expected:
+        raise ConfigError(
+            f"config.json: {field} is {value!r:.60}, {expected[0]!r} is expected: this model has no such form here"
+        )
