@@ -87,7 +87,8 @@ def disk_form(model: Any, tokenizer: Tokenizer | None) -> Form:
         reason = None
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     if tokenizer is not None:
-        config.update(_special_ids(tokenizer))
+        # What the model's own form says of an id (RoBERTa's positions hang on the padding's) is not the tokenizer's.
+        config = {**_special_ids(tokenizer), **config}
     return Form(config, weights, reason)
 
 
@@ -208,7 +209,8 @@ def _identify(folder: Path, hf_config: dict[str, Any]) -> tuple[str, Any, dict[s
     for name, cls in families.items():
         if model_type in cls.hf_model_types:
             with _about(folder):
-                return name, cls.from_hf(hf_config), {}
+                # Which heads a folder has is told by its tensors; `architectures` is often wrong.
+                return name, cls.from_hf({**hf_config, "tensor_names": tensors.stored_names(folder)}), {}
     known = sorted({str(item) for cls in families.values() for item in cls.hf_model_types})
     raise CheckpointError(
         f"{folder / 'config.json'}: model_type {model_type!r:.60} is not known"

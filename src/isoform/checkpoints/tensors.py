@@ -177,6 +177,14 @@ def read_model(folder: Path) -> dict[str, Tensor]:
     return tensors
 
 
+def stored_names(folder: Path) -> list[str]:
+    """Names of all tensors of a model folder, from the headers alone. Raises: CheckpointError."""
+    if (folder / SINGLE).is_file():
+        return list(read_header(folder / SINGLE))
+    weight_map = read_object(folder / INDEX).get("weight_map")
+    return [str(name) for name in weight_map] if isinstance(weight_map, dict) else []
+
+
 def read_object(path: Path, *, max_bytes: int = 50_000_000) -> dict[str, Any]:
     """A JSON file that holds one object. Raises: CheckpointError that names the file."""
     try:

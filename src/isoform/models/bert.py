@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from isoform.config import Component, Positive
 from isoform.contracts import Batch, Output, Sequences
+from isoform.errors import ConfigError
 from isoform.layers import ragged
 from isoform.layers.block import Block, SelfAttention, Stream
 from isoform.layers.cache import KVCache
@@ -215,8 +216,8 @@ class Roberta(Bert):
     class Config(Bert.Config):
         num_segments: NonNegativeInt = 1
         norm: Component = Field({"kind": "layernorm", "eps": 1e-5})
-        padding_id: NonNegativeInt = 1
-        # the table of positions has padding_id + 1 unused rows before its first
+        padding_id: NonNegativeInt | None = None
+        # the table of positions has padding_id + 1 unused rows before its first; null: the tokenizer's `pad`
         pooler: Any = "none"
         # none | plain
 
@@ -229,4 +230,14 @@ class Roberta(Bert):
 
         @property
         def position_offset(self) -> int:
+            if self.padding_id is None:
+                raise ConfigError(
+                    "model.padding_id: missing; RoBERTa counts positions from it: give it, or a tokenizer with the "
+                    "special token `pad`"
+                )
             return self.padding_id + 1
+
+    @classmethod
+    def tiny(cls, **changes: object) -> Bert:
+        """A small random model for tests; `changes` go into its config."""
+        return super().tiny(**{"padding_id": 1, **changes})

@@ -105,6 +105,8 @@ def prepare(
         assert family is not None
         model_options = {**options, "vocab_size": tokenizer.vocab_size}
         model_options.setdefault("max_positions", max_tokens)
+        if "padding_id" in family.Config.model_fields:
+            model_options.setdefault("padding_id", tokenizer.special_ids.get("pad"))
         model_config = build_options(family, model_options, "model")
         model, family_name = family(model_config, seed=config.seed), str(config.model["family"])
     else:
