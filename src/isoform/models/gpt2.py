@@ -6,39 +6,31 @@ Source: Radford et al. 2019; HF `GPT2LMHeadModel`, with which logits and gradien
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
-import torch
 from pydantic import Field, ValidationInfo, field_validator
-from torch import Tensor, nn
+from torch import nn
 
 from isoform.config import Component, Positive
-from isoform.contracts import Batch, Output, Sequences
-from isoform.errors import ConfigError
-from isoform.layers.block import Block, SelfAttention, Stream
-from isoform.layers.cache import KVCache
-from isoform.layers.dropout import Dropout, name_sites, token_keys
+from isoform.layers.block import Block, SelfAttention
+from isoform.layers.dropout import Dropout, name_sites
 from isoform.layers.init import embedding, initialize, linear
-from isoform.models import gpt2_forms as forms
-from isoform.models import names
-from isoform.registry import Options, build_options, component, register
+from isoform.models import gpt2_forms
+from isoform.models.decoder import Decoder, Forms, check_shape
+from isoform.registry import Options, component, register
 
 Rate = Field(None, ge=0, lt=1)
 
 
 @register("model", "gpt2")
-class GPT2(nn.Module):
-    """A causal language model.
+class GPT2(Decoder):
+    """The decoder of GPT-2, see `Decoder` for the pass through it.
 
-    x = embedding[token] + position;  x = block(x) for each block;  hidden = norm(x);  logits = head hidden
-
-    Shapes: tokens `(n,)`, hidden `(n, d)`, logits `(m, v)` at the m places that ask.
     Source: see the head of this file. Differs: the head may be untied, biases may be left out.
     """
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"causal", "cache"})
     hf_model_types: ClassVar[tuple[str, ...]] = ("gpt2", "gpt_neox")
+    forms: ClassVar[Forms] = gpt2_forms
 
     class Config(Options):
         num_layers: Positive = 12
@@ -90,10 +82,20 @@ class GPT2(nn.Module):
             }
             return {site: self.dropout if rate is None else rate for site, rate in given.items()}
 
+        def resolved(self) -> dict[str, Any]:
+            """The config with what None stands for, so that equal models are equal."""
+            shape = {
+                "num_kv_heads": self.num_kv_heads or self.num_heads,
+                "feedforward_width": self.feedforward_width or 4 * self.width,
+                "dropout": None,
+                **{f"{site}_dropout": rate for site, rate in self.rates.items()},
+            }
+            return {**self.model_dump(), **shape}
+
     def __init__(self, config: Config, seed: int | None = 0) -> None:
         """Draws the parameters from `seed`; None leaves them undrawn, for weights that are loaded at once."""
         super().__init__()
-        vocab_size, width, heads = _checked(config), config.width, config.num_heads
+        vocab_size, width, heads = check_shape(config), config.width, config.num_heads
         groups = config.num_kv_heads or heads
         self.config = config
         self.max_positions = config.max_positions
@@ -131,119 +133,8 @@ class GPT2(nn.Module):
         if seed is not None:
             initialize(self, seed, num_layers=config.num_layers)
 
-    def forward(self, batch: Batch, *, cache: KVCache | None = None, all_layers: bool = False) -> Output:
-        self._check_length(batch.sequences, cache)
-        keys = token_keys(batch)
-        stream = Stream(batch.positions, batch.sequences, self.position, keys, cache)
-        hidden = self.embedding_dropout(self.position.embed(self.embedding(batch.tokens), batch.positions), keys)
-        layers = [hidden]
-        for block in self.blocks:
-            hidden = block(hidden, stream)
-            layers.append(hidden)
-        if cache is not None:
-            cache.advance(batch.sequences)
-        return Output(hidden=self.final_norm(hidden), layers=tuple(layers) if all_layers else None)
-
-    def _check_length(self, sequences: Sequences, cache: KVCache | None) -> None:
-        limit = self.position.limit
-        before = [0] * len(sequences) if cache is None else cache.lengths
-        longest = max((old + new for old, new in zip(before, sequences.lengths, strict=True)), default=0)
-        if limit is not None and longest > limit:
-            raise ConfigError(
-                f"model.max_positions: {limit} learned positions, a sequence of {longest} tokens given; "
-                "shorten it (text.max_tokens)"
-            )
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Scores over the vocabulary: `(m, d)` -> `(m, v)`."""
-        return nn.functional.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
-
-    def new_cache(self, num_sequences: int) -> KVCache:
-        """An empty cache for so many sequences."""
-        return KVCache(num_sequences, self.config.num_layers)
-
-    def dense(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The call that people know: padded ids and mask `(b, t)` -> logits `(b, t, v)`, zero at padding."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        real = mask.bool()
-        sequences = Sequences(real.sum(dim=1).tolist())
-        positions = (real.cumsum(dim=1) - 1)[real]
-        keys = torch.arange(len(input_ids), device=input_ids.device)
-        output = self(Batch(input_ids[real], positions, sequences, keys))
-        logits = self.logits(output.hidden)
-        return logits.new_zeros(*input_ids.shape, logits.shape[-1]).masked_scatter(real[..., None], logits)
-
-    @classmethod
-    def hf_form(cls, config: Config) -> tuple[dict[str, Any] | None, str | None]:
-        """(config.json of transformers, None), or (None, the reason why it has no form for such a model)."""
-        model_type, reason = forms.choose(config)
-        if model_type is None:
-            return None, reason
-        form = forms.write_config(config, model_type, config.rates)
-        if _resolved(cls.from_hf(form)) != _resolved(config):
-            # What the form cannot say (a fixed position table, left-out biases) is read again from here.
-            form["isoform"] = config.model_dump(mode="json")
-        return form, None
-
-    @classmethod
-    def from_hf(cls, config: Mapping[str, Any]) -> Config:
-        """Our config from a config.json of `hf_model_types`. Raises: ConfigError."""
-        kept = config.get("isoform")
-        options: GPT2.Config = build_options(cls, dict(kept or forms.read_config(config)), "config.json")
-        return options
-
-    @classmethod
-    def to_hf(cls, config: Config) -> dict[str, Any]:
-        """config.json of transformers. Raises: ConfigError with the reason where there is none."""
-        form, reason = cls.hf_form(config)
-        if form is None:
-            raise ConfigError(f"model: no Hugging Face form: {reason}")
-        return form
-
-    @classmethod
-    def state_from_hf(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Their tensors under our names. Raises: CheckpointError naming what is unknown, missing or not ours."""
-        ours = cls.from_hf(config)
-        with torch.device("meta"):
-            expected = cls(ours, seed=None).state_dict()
-        model_type = config["model_type"]
-        table = forms.table(ours, model_type)
-        return names.to_ours(forms.with_prefix(tensors, model_type), table, ours.num_layers, expected)
-
-    def state_to_hf(self) -> dict[str, Tensor]:
-        """Our tensors under their names. Raises: ConfigError where there is no form."""
-        model_type = self.to_hf(self.config)["model_type"]
-        return names.to_theirs(self.state_dict(), forms.table(self.config, model_type), self.config.num_layers)
-
     @classmethod
     def tiny(cls, **changes: object) -> GPT2:
         """A small random model for tests; `changes` go into its config."""
         sizes = {"num_layers": 2, "num_heads": 4, "width": 32, "vocab_size": 61, "max_positions": 48, "dropout": 0.0}
         return cls(cls.Config(**{**sizes, **changes}))
-
-
-def _resolved(config: GPT2.Config) -> dict[str, Any]:
-    """The config with what None stands for, so that equal models are equal."""
-    shape = {
-        "num_kv_heads": config.num_kv_heads or config.num_heads,
-        "feedforward_width": config.feedforward_width or 4 * config.width,
-        "dropout": None,
-        **{f"{site}_dropout": rate for site, rate in config.rates.items()},
-    }
-    return {**config.model_dump(), **shape}
-
-
-def _checked(config: GPT2.Config) -> int:
-    """The vocabulary's size, where widths and heads fit together. Raises: ConfigError."""
-    if config.vocab_size is None:
-        raise ConfigError("model.vocab_size: missing; give it, or a tokenizer that knows it")
-    if config.width % config.num_heads:
-        raise ConfigError(
-            f"model.num_heads: {config.num_heads} given, a divisor of model.width {config.width} is expected"
-        )
-    if config.num_heads % (config.num_kv_heads or config.num_heads):
-        raise ConfigError(
-            f"model.num_kv_heads: {config.num_kv_heads} given, "
-            f"a divisor of model.num_heads {config.num_heads} is expected"
-        )
-    return config.vocab_size

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isoform.errors import ConfigError
 from isoform.layers.position import sinusoids
+from isoform.models.hf_config import rope_parameters, rope_position
 from isoform.models.names import Place, Table, same, transposed
 
 # Ours -> theirs; the first is written, all are read.
@@ -40,9 +41,9 @@ def choose(config: Any) -> tuple[str | None, str | None]:
     return ("gpt_neox" if position == "rope" else "gpt2"), None
 
 
-def write_config(config: Any, model_type: str, rates: Mapping[str, float]) -> dict[str, Any]:
-    """config.json of a form that `choose` chose; rates: embedding, residual, attention."""
-    activation = ACTIVATIONS[config.feedforward["kind"]][0]
+def write_config(config: Any, model_type: str) -> dict[str, Any]:
+    """config.json of a form that `choose` chose."""
+    activation, rates = ACTIVATIONS[config.feedforward["kind"]][0], config.rates
     if model_type == "gpt2":
         return {
             "model_type": "gpt2",
@@ -61,8 +62,6 @@ def write_config(config: Any, model_type: str, rates: Mapping[str, float]) -> di
             "initializer_range": 0.02,
             "tie_word_embeddings": config.tied,
         }
-    rope = config.position
-    scaling = {"rope_type": "default"} if rope["scale"] == 1 else {"rope_type": "linear", "factor": rope["scale"]}
     return {
         "model_type": "gpt_neox",
         "architectures": ["GPTNeoXForCausalLM"],
@@ -79,7 +78,10 @@ def write_config(config: Any, model_type: str, rates: Mapping[str, float]) -> di
         "initializer_range": 0.02,
         "use_parallel_residual": False,
         "attention_bias": True,
-        "rope_parameters": {**scaling, "rope_theta": rope["base"], "partial_rotary_factor": rope["fraction"]},
+        "rope_parameters": {
+            **rope_parameters(config.position),
+            "partial_rotary_factor": config.position["fraction"],
+        },
         "tie_word_embeddings": config.tied,
     }
 
@@ -111,27 +113,20 @@ def _read_gpt2(given: Mapping[str, Any]) -> dict[str, Any]:
 def _read_neox(given: Mapping[str, Any]) -> dict[str, Any]:
     _refuse(given, "use_parallel_residual", False, default=True)
     _refuse(given, "attention_bias", True)
-    rope = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "linear"):
-        raise ConfigError(f"config.json: rope_type {kind!r} given, default or linear is expected")
+    fraction = given.get("rotary_pct", 0.25)
+    longest = given.get("max_position_embeddings", 2048)
     width, heads = given.get("hidden_size", 6144), given.get("num_attention_heads", 64)
     hidden = given.get("hidden_dropout", 0.0)
     return {
         "vocab_size": given.get("vocab_size", 50432),
-        "max_positions": given.get("max_position_embeddings", 2048),
+        "max_positions": longest,
         "width": width,
         "num_layers": given.get("num_hidden_layers", 44),
         "num_heads": heads,
         "feedforward_width": given.get("intermediate_size", 24576),
         "feedforward": {"kind": activation(given, "hidden_act", "gelu")},
         "norm": {"kind": "layernorm", "eps": given.get("layer_norm_eps", 1e-5)},
-        "position": {
-            "kind": "rope",
-            "base": rope.get("rope_theta", given.get("rotary_emb_base", 10_000)),
-            "fraction": rope.get("partial_rotary_factor", given.get("rotary_pct", 0.25)),
-            "scale": rope.get("factor", 1.0) if kind == "linear" else 1.0,
-        },
+        "position": rope_position(given, base=10_000, fraction=fraction, max_positions=longest),
         "tied": given.get("tie_word_embeddings", False),
         **_rates(hidden, hidden, given.get("attention_dropout", 0.0)),
     }
