@@ -11,7 +11,11 @@ from torch import Tensor
 from isoform.errors import CheckpointError
 
 # What each optimiser keeps for a parameter, to tell a state of another optimiser before the first step is taken.
-_KEEPS = {"AdamW": {"step", "exp_avg", "exp_avg_sq"}, "Muon": {"momentum_buffer"}}
+_KEEPS = {
+    "AdamW": {"step", "exp_avg", "exp_avg_sq"},
+    "Muon": {"momentum_buffer"},
+    "StackedMuon": {"momentum_buffer"},
+}
 
 Optimizers = Any | Sequence[Any]
 NamedParameters = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]

@@ -13,7 +13,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from isoform import machine
 from isoform.registry import Options, register
+from isoform.training.muon import StackedMuon
 
 
 class Optimizer(Protocol):
@@ -93,8 +95,9 @@ class Muon:
         rest = {name: p for name, p in parameters.items() if name not in hidden}
         optimizers: list[torch.optim.Optimizer] = []
         if hidden:
-            muon = torch.optim.Muon(
+            muon = StackedMuon(
                 [{"params": list(hidden.values()), "peak_rate": learning_rate}],
+                dtype=torch.bfloat16 if machine.fast_bf16() else torch.float32,
                 lr=learning_rate,
                 weight_decay=options.weight_decay,
                 momentum=options.momentum,
