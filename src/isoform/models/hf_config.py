@@ -27,12 +27,11 @@ INDIFFERENT = frozenset(_INDIFFERENT.split())
 def refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
     """Raises: ConfigError naming a field that is switched on and that the family does not know.
 
-    A field that is null, false, or empty is off.
+    A field that is null, false, 0 or empty is off.
     """
     known = frozenset(known)
     for field, value in given.items():
-        off = value is None or value is False or value in ("", [], {})
-        if not off and field not in known and field not in INDIFFERENT:
+        if value and field not in known and field not in INDIFFERENT:
             raise ConfigError(
                 f"config.json: {field} is {value!r:.60} and is not known for {given['model_type']}"
                 f"{nearest(field, known)}; if it changes nothing that the model computes, remove it from a copy"
