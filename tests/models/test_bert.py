@@ -1,4 +1,4 @@
-"""BERT and RoBERTa: what holds for every variant, and parity with transformers."""
+"""BERT and RoBERTa: what holds for every variant; parity with transformers is in `test_encoder.py`."""
 
 from __future__ import annotations
 
@@ -6,24 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForNextSentencePrediction,
-    BertForPreTraining,
-    BertModel,
-    PreTrainedModel,
-    RobertaConfig,
-    RobertaForMaskedLM,
-    RobertaModel,
-)
 
 from isoform.contracts import Batch, Sequences
-from isoform.errors import CheckpointError, ConfigError
+from isoform.errors import ConfigError
 from isoform.layers import ragged
 from isoform.models.bert import Bert, Roberta
-from isoform.registry import lookup
 
 LENGTHS = [5, 1, 17, 9, 30]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -157,197 +144,6 @@ def test_what_an_encoder_cannot_do_is_refused_with_the_reason(make_batch: Any) -
         with pytest.raises(ConfigError, match=r"model.max_positions: 48 learned positions, a sequence of 49 tokens"):
             cls.tiny()(make_batch([3, 49]))
     assert Bert.tiny(position="rope")(make_batch([49])).hidden.shape == (49, 32)
-
-
-# --------------------------------------------------------------------------------------------------------- parity
-
-
-SIZE = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 80}
-HF: dict[str, tuple[type[PreTrainedModel], dict[str, Any]]] = {
-    "bert": (BertForMaskedLM, {}),
-    "bert, relu, three segments, eps": (
-        BertForMaskedLM,
-        {"hidden_act": "relu", "type_vocab_size": 3, "layer_norm_eps": 1e-3},
-    ),
-    "bert untied": (BertForMaskedLM, {"tie_word_embeddings": False}),
-    "bert encoder": (BertModel, {}),
-    "bert pretraining": (BertForPreTraining, {"hidden_act": "gelu_new"}),
-    "bert next sentence": (BertForNextSentencePrediction, {}),
-    "roberta": (RobertaForMaskedLM, {"type_vocab_size": 1}),
-    "roberta, padding 5, relu": (RobertaForMaskedLM, {"pad_token_id": 5, "hidden_act": "relu", "type_vocab_size": 1}),
-    "roberta untied": (RobertaForMaskedLM, {"tie_word_embeddings": False}),
-    "roberta encoder": (RobertaModel, {}),
-}
-hf_models = pytest.mark.parametrize("kind", HF)
-
-
-def hf_model(kind: str) -> PreTrainedModel:
-    cls, changes = HF[kind]
-    config_class = RobertaConfig if kind.startswith("roberta") else BertConfig
-    torch.manual_seed(0)
-    model = cls(config_class(**{**SIZE, "max_position_embeddings": 48, **changes}))
-    for parameter in model.parameters():
-        parameter.data += 0.1 * torch.randn(parameter.shape)
-    for name, parameter in model.named_parameters():
-        if "untied" in kind and name in ("cls.predictions.bias", "lm_head.bias"):
-            parameter.data.zero_()  # a left-over that transformers stores and never adds
-    return model.eval()
-
-
-def stored(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The tensors as a file of `save_pretrained` holds them."""
-    tied = set(model.all_tied_weights_keys) if model.config.tie_word_embeddings else set()
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
-
-
-def loaded(config: dict[str, Any], tensors: dict[str, Tensor]) -> Bert:
-    cls = lookup("model", config["model_type"])
-    model: Bert = cls(cls.from_hf({**config, "tensor_names": list(tensors)}), seed=None)
-    model.load_state_dict(cls.state_from_hf(config, tensors))
-    return model
-
-
-def padded(batch: Batch, padding: int) -> dict[str, Tensor]:
-    lengths = batch.sequences.lengths
-    shape = len(lengths), max(lengths)
-    ids, mask = torch.full(shape, padding), torch.zeros(shape, dtype=torch.int64)
-    types = torch.zeros(shape, dtype=torch.int64)
-    for row, length in enumerate(lengths):
-        alone, _ = one(batch, row)
-        ids[row, :length], mask[row, :length] = alone.tokens, 1
-        if alone.segments is not None:
-            types[row, :length] = alone.segments
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
-
-
-@hf_models
-def test_outputs_and_gradients_equal_transformers(kind: str, make_batch: Any) -> None:
-    hf = hf_model(kind)
-    ours = loaded(hf.config.to_dict(), stored(hf))
-    batch, padding = make_batch(LENGTHS), hf.config.pad_token_id
-    batch.tokens[batch.tokens == padding] = 7
-    if ours.config.num_segments > 1:
-        batch.segments = torch.arange(sum(LENGTHS)) % ours.config.num_segments
-    inputs = padded(batch, padding)
-    real = inputs["attention_mask"].bool()
-    output, hidden = hf(**inputs, output_hidden_states=True), ours(batch).hidden
-    pairs = [(hidden, output.hidden_states[-1][real])]
-    if ours.head is not None:
-        logits = output.prediction_logits if "pretraining" in kind else output.logits
-        pairs.append((ours.logits(hidden), logits[real]))
-        dense = ours.dense(**inputs)
-        assert torch.equal(dense[real], pairs[-1][0])
-        assert not dense[~real].any()
-    if ours.config.pooler == "plain":
-        pairs.append((ours.pooled(hidden, batch.sequences), output.pooler_output))
-    elif ours.next_sentence is not None:
-        scores = output.seq_relationship_logits if "pretraining" in kind else output.logits
-        pairs.append((ours.next_sentence(ours.pooled(hidden, batch.sequences)), scores))
-    for mine, theirs in pairs:
-        assert float((mine - theirs).detach().norm() / theirs.detach().norm()) < 1e-5
-
-    weights = [torch.randn_like(mine) for mine, _ in pairs]
-    sum((mine * weight).sum() for (mine, _), weight in zip(pairs, weights, strict=True)).backward()
-    sum((theirs * weight).sum() for (_, theirs), weight in zip(pairs, weights, strict=True)).backward()
-    gradients = {
-        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-        for name, parameter in hf.named_parameters()
-    }
-    expected = type(ours).state_from_hf(hf.config.to_dict(), gradients)
-    for name, parameter in ours.named_parameters():
-        error = (parameter.grad - expected[name]).norm() / expected[name].norm()
-        assert float(error) < 1e-4, name
-
-
-@hf_models
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_there_and_back(kind: str, dtype: torch.dtype) -> None:
-    hf = hf_model(kind).to(dtype)
-    tensors, config = stored(hf), {**hf.config.to_dict(), "architectures": [type(hf).__name__]}
-    model = loaded(config, tensors).to(dtype)
-    back = model.state_to_hf()
-    assert back.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert back[name].dtype == tensor.dtype
-        assert back[name].is_contiguous()
-        assert torch.equal(back[name], tensor), name
-    form, reason = model.hf_form(model.config)
-    assert reason is None
-    assert form == {name: config[name] for name in form}
-    assert type(model).from_hf(form) == model.config
-
-
-@pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_old_names_and_buffers_are_understood(kind: str) -> None:
-    hf = hf_model(kind)
-    config, tensors = hf.config.to_dict(), stored(hf)
-    old = {
-        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
-        for name, tensor in tensors.items()
-    }
-    old[f"{kind}.embeddings.position_ids"] = torch.arange(48)[None]
-    decoder = "cls.predictions.decoder" if kind == "bert" else "lm_head.decoder"
-    bias = "cls.predictions.bias" if kind == "bert" else "lm_head.bias"
-    old[f"{decoder}.weight"] = tensors[f"{kind}.embeddings.word_embeddings.weight"].clone()
-    old[f"{decoder}.bias"] = tensors[bias].clone()
-    cls = lookup("model", kind)
-    expected = cls.state_from_hf(config, tensors)
-    for given in (old, {name.removeprefix(f"{kind}."): tensor for name, tensor in old.items()}):
-        got = cls.state_from_hf(config, given)
-        assert got.keys() == expected.keys()
-        assert all(torch.equal(got[name], tensor) for name, tensor in expected.items())
-    old[f"{decoder}.weight"] += 1
-    with pytest.raises(CheckpointError, match=r"decoder.weight: holds values that this model has no parameter for"):
-        cls.state_from_hf(config, old)
-
-
-@pytest.mark.parametrize(
-    ("renamed", "message"),
-    [
-        (
-            "bert.encoder.layer.1.attention.self.querry.weight",
-            r"did you mean 'bert.encoder.layer.1.attention.self.query",
-        ),
-        ("cls.predictions.transform.weight", r"did you mean 'cls.predictions.transform.dense.weight'"),
-        ("classifier.weight", r"unknown: classifier.weight"),
-    ],
-)
-def test_a_renamed_tensor_is_named_with_what_it_should_be(renamed: str, message: str) -> None:
-    hf = hf_model("bert")
-    tensors, right = stored(hf), "bert.encoder.layer.1.attention.self.query.weight"
-    if renamed.startswith("cls"):
-        right = "cls.predictions.transform.dense.weight"
-    tensors[renamed] = tensors.pop(right)
-    with pytest.raises(CheckpointError, match=message) as caught:
-        Bert.state_from_hf(hf.config.to_dict(), tensors)
-    assert f"missing: {right}" in str(caught.value)
-
-
-def test_a_misshapen_part_is_named() -> None:
-    hf = hf_model("bert")
-    name = "bert.encoder.layer.0.attention.self.key.weight"
-    for shape in ((31, 32), (32, 31)):
-        with pytest.raises(CheckpointError, match=rf"{name}: has the shape \({shape[0]}, {shape[1]}\), \(32, 32\) is"):
-            Bert.state_from_hf(hf.config.to_dict(), {**stored(hf), name: torch.ones(shape)})
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "message"),
-    [
-        (
-            "bert",
-            {"position_embedding_type": "relative_key"},
-            "position_embedding_type is 'relative_key'",
-        ),
-        ("bert", {"hidden_act": "mish"}, "hidden_act 'mish' is not known"),
-        ("bert", {"is_decoder": True}, "is_decoder is True"),
-        ("roberta", {"add_cross_attention": True}, "add_cross_attention is True"),
-        ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads is"),
-    ],
-)
-def test_fields_that_matter_and_are_not_ours_are_refused(kind: str, changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        lookup("model", kind).from_hf({**hf_model(kind).config.to_dict(), **changes})
 
 
 @pytest.mark.parametrize("cls", [Bert, Roberta])

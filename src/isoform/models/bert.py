@@ -85,11 +85,17 @@ class Bert(nn.Module):
             """Rows of the table of positions before that of the first token."""
             return 0
 
+        @property
+        def resolved(self) -> dict[str, Any]:
+            """The options with what None stands for, so that equal models are equal."""
+            inner, rate = self.feedforward_width or 4 * self.width, self.attention_dropout
+            widths = {"feedforward_width": inner, "attention_dropout": self.dropout if rate is None else rate}
+            return {**self.model_dump(), **widths}
+
     def __init__(self, config: Any, seed: int | None = 0) -> None:
         """Draws the parameters from `seed`; None leaves them undrawn, for weights that are loaded at once."""
         super().__init__()
         vocab_size, width, heads = encoder.vocabulary(config), config.width, config.num_heads
-        attention_dropout = config.dropout if config.attention_dropout is None else config.attention_dropout
         self.config = config
         self.max_positions: int | None = config.max_positions
         norm_class, norm = component("norm", config.norm, "model.norm")
@@ -113,7 +119,7 @@ class Bert(nn.Module):
                     causal=False,
                     window=config.window,
                     bias=True,
-                    dropout=attention_dropout,
+                    dropout=config.resolved["attention_dropout"],
                 ),
                 feedforward_class(feedforward, width, config.feedforward_width or 4 * width, bias=True),
                 norm_class(norm, width),

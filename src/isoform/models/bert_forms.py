@@ -11,13 +11,24 @@ import torch
 from torch import Tensor
 
 from isoform.layers.position import sinusoids
-from isoform.models.encoder import HuggingFace, prefixed, refuse, stored_names
+from isoform.models.encoder import HuggingFace, prefixed, stored_names
 from isoform.models.gpt2_forms import ACTIVATIONS, activation
+from isoform.models.hf_config import expect, refuse_unknown
 from isoform.models.names import Place, Table
 
 # Ends of their tensors' names before 2019.
 OLD_ENDS = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 ENCODER = ("embeddings.", "encoder.", "pooler.")
+# Fields of config.json that are read here or concern other heads.
+KNOWN = frozenset(
+    """
+    vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size hidden_act hidden_dropout_prob
+    attention_probs_dropout_prob max_position_embeddings type_vocab_size layer_norm_eps tie_word_embeddings is_decoder
+    add_cross_attention position_embedding_type pruned_heads embedding_size classifier_dropout directionality
+    pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type
+    gradient_checkpointing
+    """.split()  # noqa: SIM905
+)
 # Our head and pooler -> the class of transformers that has both; RoBERTa's has no next-sentence head.
 CLASSES = {
     ("none", "none"): "Model",
@@ -45,7 +56,6 @@ def why_not(config: Any) -> list[str]:
 
 def write(config: Any, model_type: str, name: str) -> dict[str, Any]:
     """config.json of a model that `why_not` finds nothing against."""
-    rate = config.attention_dropout
     return {
         "model_type": model_type,
         "architectures": [name + CLASSES[config.head, config.pooler]],
@@ -53,10 +63,10 @@ def write(config: Any, model_type: str, name: str) -> dict[str, Any]:
         "hidden_size": config.width,
         "num_hidden_layers": config.num_layers,
         "num_attention_heads": config.num_heads,
-        "intermediate_size": config.feedforward_width or 4 * config.width,
+        "intermediate_size": config.resolved["feedforward_width"],
         "hidden_act": ACTIVATIONS[config.feedforward["kind"]][0],
         "hidden_dropout_prob": config.dropout,
-        "attention_probs_dropout_prob": config.dropout if rate is None else rate,
+        "attention_probs_dropout_prob": config.resolved["attention_dropout"],
         "max_position_embeddings": config.max_positions + config.position_offset,
         "type_vocab_size": max(1, config.num_segments),
         "initializer_range": 0.02,
@@ -69,11 +79,12 @@ def write(config: Any, model_type: str, name: str) -> dict[str, Any]:
 
 def read(given: Mapping[str, Any], segments: int) -> dict[str, Any]:
     """Our options from their config.json; segments: the number that the family has unless told."""
-    refuse(given, "position_embedding_type", "absolute")
-    refuse(given, "is_decoder", False)
-    refuse(given, "add_cross_attention", False)
-    refuse(given, "pruned_heads", {}, None)
-    refuse(given, "embedding_size", given.get("hidden_size", 768))
+    refuse_unknown(given, KNOWN)
+    expect(given, "position_embedding_type", "absolute")
+    expect(given, "is_decoder", False)
+    expect(given, "add_cross_attention", False)
+    expect(given, "pruned_heads", {}, None)
+    expect(given, "embedding_size", given.get("hidden_size", 768), None)
     dropout = given.get("hidden_dropout_prob", 0.1)
     attention = given.get("attention_probs_dropout_prob", 0.1)
     return {
@@ -131,7 +142,7 @@ def encoder_table(config: Any, stem: str) -> Table:
     """Their names -> our places, the heads left out."""
     width, segments = config.width, max(1, config.num_segments)
     block = {
-        **{f"attention.self.{name}": _rows("attention.qkv", at, width) for at, name in enumerate(QKV)},
+        **qkv("attention.self.{}", ("query", "key", "value"), width),
         "attention.output.dense": pair("attention.output"),
         "attention.output.LayerNorm": pair("attention_norm"),
         "intermediate.dense": pair("feedforward.up"),
@@ -150,9 +161,6 @@ def encoder_table(config: Any, stem: str) -> Table:
         **blocks(f"{stem}encoder.layer.{{}}", block),
         **under(f"{stem}pooler.dense", pair("pooler")),
     }
-
-
-QKV = ("query", "key", "value")
 
 
 def bert_table(config: Any) -> Table:
@@ -176,23 +184,23 @@ def roberta_table(config: Any) -> Table:
     }
 
 
-def decoder(theirs: str, bias: str, config: Any) -> Table:
+def decoder(theirs: str, bias: str | None, config: Any) -> Table:
     """The last matrix of the head and its bias, of which a model with a tied head may store copies.
 
-    A head with its own matrix uses the bias stored beside it; the other one is a left-over, zero or a copy.
+    bias: the name beside the matrix under which a tied head keeps its bias, if there is one. A head with its own matrix
+    uses the bias of the matrix; the other is a left-over, zero.
     """
     if config.head == "none":
         return {}
-    if config.tied:
-        copy = Place("no_copy", fill=lambda ours: ours["head.bias"], write_fill=False)
-        matrix = Place("no_table", fill=lambda ours: ours["embedding.weight"], write_fill=False)
-        return {f"{theirs}.weight": matrix, f"{theirs}.bias": copy, bias: Place("head.bias")}
-    left_over = Place("no_bias", fill=lambda ours: torch.zeros_like(ours["head.bias"]))
-    return {
-        f"{theirs}.weight": Place("head.table.weight"),
-        f"{theirs}.bias": Place("head.bias"),
-        bias: left_over,
-    }
+    own = Place("head.bias")
+    if not config.tied:
+        left_over = {bias: Place("no_bias", fill=lambda ours: torch.zeros_like(ours["head.bias"]))} if bias else {}
+        return {f"{theirs}.weight": Place("head.table.weight"), f"{theirs}.bias": own, **left_over}
+    matrix = Place("no_table", fill=lambda ours: ours["embedding.weight"], write_fill=False)
+    if bias is None:
+        return {f"{theirs}.weight": matrix, f"{theirs}.bias": own}
+    copy = Place("no_copy", fill=lambda ours: ours["head.bias"], write_fill=False)
+    return {f"{theirs}.weight": matrix, f"{theirs}.bias": copy, bias: own}
 
 
 def waves(config: Any) -> Callable[[Mapping[str, Tensor]], Tensor]:
@@ -212,8 +220,14 @@ def pair(ours: str) -> dict[str, Place]:
     return {kind: Place(f"{ours}.{kind}") for kind in ("weight", "bias")}
 
 
-def _rows(ours: str, at: int, width: int) -> dict[str, Place]:
-    return {kind: replace(place, rows=(at * width, (at + 1) * width)) for kind, place in pair(ours).items()}
+def qkv(theirs: str, each: tuple[str, str, str], width: int) -> dict[str, dict[str, Place]]:
+    """Three matrices of theirs, and their biases, which are one of ours; `{}` stands for the name of each."""
+    return {
+        theirs.format(name): {
+            kind: replace(place, rows=(at * width, (at + 1) * width)) for kind, place in pair("attention.qkv").items()
+        }
+        for at, name in enumerate(each)
+    }
 
 
 def under(theirs: str, places: Mapping[str, Place]) -> dict[str, Place | None]:

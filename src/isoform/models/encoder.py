@@ -127,7 +127,7 @@ class HuggingFace:
         if broken:
             return None, f"{' and '.join(cls.hf_model_types)} in transformers has no {', no '.join(broken)}"
         form = self.write(config)
-        if resolved(cls.from_hf(form)) != resolved(config):
+        if cls.from_hf(form).resolved != config.resolved:
             # What the form cannot say (a fixed position table) is read again from here.
             form["isoform"] = config.model_dump(mode="json")
         return form, None
@@ -152,16 +152,6 @@ class HuggingFace:
         return self.stored(config, names.to_theirs(model.state_dict(), self.table(config), config.num_layers))
 
 
-def resolved(config: Any) -> dict[str, Any]:
-    """The config with what None stands for, so that equal models are equal."""
-    inner, rate = config.feedforward_width or 4 * config.width, config.attention_dropout
-    return {
-        **config.model_dump(),
-        "feedforward_width": inner,
-        "attention_dropout": config.dropout if rate is None else rate,
-    }
-
-
 def stored_names(config: Mapping[str, Any]) -> list[str] | None:
     """Names of the tensors beside a config.json, where they are known."""
     found: Iterable[str] | None = config.get(TENSOR_NAMES)
@@ -171,12 +161,3 @@ def stored_names(config: Mapping[str, Any]) -> list[str] | None:
 def prefixed(tensors: Mapping[str, Tensor], stem: str, roots: tuple[str, ...]) -> dict[str, Tensor]:
     """The encoder's tensors, whose names begin with one of `roots`, behind `stem` where they are not yet."""
     return {stem + name if name.startswith(roots) else name: tensor for name, tensor in tensors.items()}
-
-
-def refuse(given: Mapping[str, Any], field: str, *expected: Any) -> None:
-    """Raises: ConfigError where a field of config.json has another value than the first or one of the others."""
-    value = given.get(field, expected[0])
-    if value not in expected:
-        raise ConfigError(
-            f"config.json: {field} is {value!r:.60}, {expected[0]!r} is expected: this model has no such form here"
-        )
