@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from isoform.layers.attention import visibility
 from isoform.models.accounting import accounts, mean_visible
+from isoform.models.bert import Bert
 from isoform.models.gpt2 import GPT2
+from isoform.models.modernbert import ModernBert
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -40,3 +43,19 @@ def test_parameters() -> None:
     assert found["total"] == found["active"] == sum(parameter.numel() for parameter in model.parameters())
     assert found["total"] - found["trainable"] == 61 * 32
     assert found["total"] - found["non_embedding"] == tables
+
+
+@pytest.mark.parametrize("window", [None, 1, 4, 7, 40])
+def test_what_an_encoder_sees_is_counted(window: int | None) -> None:
+    for context in (1, 5, 12):
+        seen = visibility(context, context, causal=False, window=window).sum().item() / context
+        assert mean_visible(context, window, causal=False) == pytest.approx(seen)
+
+
+def test_an_encoder_s_head_is_counted_where_it_has_one() -> None:
+    with_head, alone = (accounts(Bert.tiny(head=head), 16) for head in ("masked", "none"))
+    assert with_head["non_embedding"] - alone["non_embedding"] == 32 * 32 + 3 * 32
+    assert with_head["total"] - alone["total"] == 32 * 32 + 3 * 32 + 61
+    assert with_head["flops_forward_per_token"] - alone["flops_forward_per_token"] == 2 * (32 * 32 + 61 * 32)
+    every, third = (accounts(ModernBert.tiny(global_every=n), 40)["flops_forward_per_token"] for n in (1, 3))
+    assert every - third == pytest.approx(2 * 4 * 32 * (40 - mean_visible(40, 8, causal=False)), abs=1)

@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from isoform.layers.block import SelfAttention
+from isoform.layers.moe import ExpertLinear, MixtureOfExperts
+
 
 def accounts(model: nn.Module, context_tokens: int) -> dict[str, int]:
     """Counts of one model, for its manifest; operations per token at sequences of `context_tokens`.
@@ -21,7 +24,7 @@ def accounts(model: nn.Module, context_tokens: int) -> dict[str, int]:
         "total": sum(sizes.values()),
         "trainable": trainable,
         "non_embedding": sum(size for name, size in sizes.items() if not _is_table(name)),
-        "active": sum(sizes.values()),
+        "active": sum(sizes.values()) - sum(layer.idle_parameters for layer in _mixtures(model)),
         "flops_forward_per_token": forward,
         "flops_backward_per_token": backward,
     }
@@ -31,7 +34,7 @@ def flops_per_token(model: nn.Module, context_tokens: int) -> tuple[int, int]:
     """Operations of a forward and a backward pass for one token of a sequence of `context_tokens`, on average.
 
     forward = 2 x (elements of every matrix that a token is multiplied with, the head among them)
-            + 4 x width x (tokens that a query sees, on average) in each layer, for scores and weighted values
+            + 4 x h k x (tokens that a query sees, on average) in each layer, for scores and weighted values
 
     backward = 2 x forward: one product for the gradient of the input, one for that of the matrix.
     Counted: matrix products, a multiplication and an addition as two. Not counted: norms, activations, softmax, biases,
@@ -40,19 +43,31 @@ def flops_per_token(model: nn.Module, context_tokens: int) -> tuple[int, int]:
     what is seen, not the whole square.
     """
     config: Any = model.config
-    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    if config.tied:
+    matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear | ExpertLinear))
+    matrices -= sum(layer.idle_parameters for layer in _mixtures(model))
+    if config.tied and getattr(config, "head", None) != "none":
         matrices += model.get_parameter("embedding.weight").numel()
-    seen = mean_visible(context_tokens, config.window)
-    forward = 2 * matrices + round(4 * config.width * config.num_layers * seen)
+    attention = sum(
+        4 * layer.num_heads * layer.head_width * mean_visible(context_tokens, layer.window, causal=layer.causal)
+        for layer in model.modules()
+        if isinstance(layer, SelfAttention)
+    )
+    forward = 2 * matrices + round(attention)
     return forward, 2 * forward
 
 
-def mean_visible(context_tokens: int, window: int | None) -> float:
-    """How many tokens a causal query sees on average, itself among them."""
+def mean_visible(context_tokens: int, window: int | None, *, causal: bool = True) -> float:
+    """How many tokens a query sees on average, itself among them: the last `window`, or half of them to each side."""
+    if not causal:
+        half = context_tokens if window is None else window // 2 + 1
+        return 2 * mean_visible(context_tokens, half) - 1
     width = min(window or context_tokens, context_tokens)
     return (width * (width + 1) / 2 + (context_tokens - width) * width) / context_tokens
 
 
+def _mixtures(model: nn.Module) -> list[MixtureOfExperts]:
+    return [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
+
+
 def _is_table(name: str) -> bool:
-    return "embedding" in name or name.startswith("head.")
+    return "embedding" in name or name in ("head.weight", "head.table.weight", "head.bias")
