@@ -197,6 +197,7 @@ class LossPart:
     """A named share of the loss: `total`, a sum (never a mean) over what `count` counts, times `weight`.
 
     The step's loss is sum over parts of weight x (total over all micro-batches and ranks) / (count over the same).
+    A part whose name begins with `_` is a statistic: divided and logged like the others, and no part of the loss.
     """
 
     total: Tensor

@@ -77,7 +77,9 @@ def stage_curves(records: Records) -> list[StageCurves]:
     for stage in _stages_in_order(results):
         trained = _read_stage(records, stage, colours)
         drawn = [
-            chart for chart in (_loss(trained), *_evaluations(trained, results), _rate(trained)) if chart is not None
+            chart
+            for chart in (_loss(trained), *_evaluations(trained, results), *_routing(trained), _rate(trained))
+            if chart is not None
         ]
         if drawn:
             legend = [(charts.swatch(line.colour), line.name) for line in trained if line.colour is not None]
@@ -163,6 +165,32 @@ def _rate(trained: Sequence[_Trained]) -> Chart | None:
             series.append(charts.Series(line.name, line.colour, seed[axis][chosen], seed["lr"][chosen]))
     figure = charts.curves(series, "Learning rate", axis, "learning rate", _count_tick, _short)
     return None if figure is None else Chart("Learning rate", figure, "")
+
+
+def _routing(trained: Sequence[_Trained]) -> list[Chart | None]:
+    """Of models that route: how undecided the routers are, and how evenly the experts are used."""
+    axis = _axis(seed for line in trained for seed in line.columns)
+    entropy, use = [], []
+    for line in trained:
+        routed = [seed for seed in line.columns if axis in seed and "router_entropy" in seed]
+        entropy.append(_over_seeds(line, [_binned(seed[axis], seed["router_entropy"]) for seed in routed]))
+        least = _over_seeds(line, [_used(seed, axis, np.min) for seed in routed])
+        most = _over_seeds(line, [_used(seed, axis, np.max) for seed in routed])
+        use.append(charts.Series(line.name, line.colour, least.x, least.y, least.y, most.y))
+    found: list[Chart | None] = []
+    for title, series, unit, note in (
+        ("Router entropy", entropy, "nats", "Mean over tokens and layers; 0: every router is sure."),
+        ("Use of experts", use, "even shares", "Lines: the least used expert of all layers; bands: to the most used."),
+    ):
+        figure = charts.curves(series, title, axis, unit, _count_tick, _short)
+        found.append(None if figure is None else Chart(title, figure, note))
+    return found
+
+
+def _used(seed: Mapping[str, Column], axis: str, extreme: Callable[..., Column]) -> tuple[Column, Column]:
+    """The load of the least or most used expert of all layers, binned."""
+    loads = [_binned(seed[axis], values) for name, values in seed.items() if name.startswith("expert_load.")]
+    return loads[0][0], extreme([load for _, load in loads], axis=0)
 
 
 def _axis(seeds: Any) -> str:

@@ -64,7 +64,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
             [
                 str(stage["name"]),
                 str(stage["runs"]),
-                f"{model['total']:,}",
+                f"{model['total']:,}" + (f" ({model['active']:,} active)" if model["active"] < model["total"] else ""),
                 f"{stage['steps']:,}",
                 f"{stage['tokens']:,}",
                 f"{flops:.2g}",

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     Column = npt.NDArray[np.float64]
 
 Results = dict[str, Any]
+# Columns of models that route begin with one of these.
+ROUTING = ("router_entropy", "expert_load.")
 _CARRIED = ("audit", "data", "command", "machine", "precision", "started", "finished")
 
 
@@ -59,8 +61,9 @@ class Records:
         by_step: dict[float, Mapping[str, Any]] = {}
         for number, row in enumerate(self._rows(f"{name}/metrics.jsonl")):
             by_step[float(row["step"]) if is_number(row.get("step")) else float(number)] = row
-        names = ("step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second")
         rows = [by_step[step] for step in sorted(by_step)]
+        names = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_second"]
+        names += [key for key in (rows[-1] if rows else ()) if key.startswith(ROUTING)]
         columns = {column: np.array([_number(row.get(column)) for row in rows], dtype=np.float64) for column in names}
         return {column: values for column, values in columns.items() if np.isfinite(values).any()}
 

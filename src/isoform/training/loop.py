@@ -105,7 +105,7 @@ class Loop:
                 began = time.monotonic()
                 totals, counts = self._update(step)
                 self.state.step = step.step + 1
-                self.state.tokens += round(sum(counts.values()))
+                self.state.tokens += round(counts["loss"] if "loss" in counts else sum(_lost(counts).values()))
                 self._log(step, totals, counts, time.monotonic() - began)
                 improved = self._evaluate_if_due()
                 self.state.scalars["seconds"] = before + time.monotonic() - started
@@ -203,7 +203,8 @@ class Loop:
 
     def _refuse_non_finite(self, step: GlobalStep, totals: dict[str, float]) -> None:
         self._clear()
-        what = f"loss {totals}" if not all(map(math.isfinite, totals.values())) else f"gradient norm {self._grad_norm}"
+        lost = _lost(totals)
+        what = f"loss {lost}" if not all(map(math.isfinite, lost.values())) else f"gradient norm {self._grad_norm}"
         self.log.event("non-finite", step=step.step, what=what, sample_ids=list(step.sample_ids))
         self.log.flush()
         raise NonFiniteError(
@@ -215,10 +216,11 @@ class Loop:
 
     def _log(self, step: GlobalStep, totals: dict[str, float], counts: dict[str, float], seconds: float) -> None:
         means = {name: total / max(1.0, counts[name]) for name, total in totals.items()}
-        loss = means["loss"] if "loss" in means else sum(totals.values()) / max(1.0, sum(counts.values()))
+        loss = means["loss"] if "loss" in means else sum(_lost(totals).values()) / max(1.0, sum(_lost(counts).values()))
         tokens = step.num_tokens * self.accelerator.num_processes
         if self.state.step % self.train.log_every_steps == 0 or self.state.step == self.run.num_steps:
-            parts = {f"loss_{name}": value for name, value in means.items() if name != "loss"}
+            parts = {f"loss_{name}": value for name, value in _lost(means).items() if name != "loss"}
+            statistics = {name[1:]: value for name, value in means.items() if name.startswith("_")}
             self.log.step(
                 {
                     "step": self.state.step,
@@ -229,6 +231,7 @@ class Loop:
                     "lr": self._rate,
                     "grad_norm": self._grad_norm,
                     "tokens_per_second": tokens / max(1e-9, seconds),
+                    **statistics,
                 }
             )
         self.progress.step(self.state.step, loss, tokens)
@@ -308,6 +311,11 @@ class Loop:
         self.accelerator.wait_for_everyone()
         self._saved_at = time.monotonic()
         self._saved_step = self.state.step
+
+
+def _lost(parts: dict[str, float]) -> dict[str, float]:
+    """The parts of the loss, without statistics."""
+    return {name: value for name, value in parts.items() if not name.startswith("_")}
 
 
 def planned_rates(run: Prepared) -> list[float]:

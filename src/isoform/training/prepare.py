@@ -23,6 +23,7 @@ from isoform.data.corpus import Dataset, build_dataset
 from isoform.data.plan import BatchPlan
 from isoform.data.splits import SplitSources, load_splits
 from isoform.errors import ConfigError
+from isoform.objectives.routing import with_routing
 from isoform.registry import build_options, component, lookup, names
 from isoform.storage import fingerprint
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
@@ -114,7 +115,7 @@ def prepare(
     limit = model.max_positions
     if limit is not None and limit < max_tokens:
         raise ConfigError(f"text.max_tokens: {max_tokens} given, but the model has {limit} positions; lower it")
-    objective: Objective = objective_class(objective_options, tokenizer, max_tokens)
+    objective: Objective = with_routing(objective_class(objective_options, tokenizer, max_tokens), model)
     _check_scoring(config, objective, set(splits.splits), for_training)
     missing = objective.needs - model.capabilities
     if missing:

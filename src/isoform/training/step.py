@@ -61,12 +61,17 @@ def accumulate(
             with autocast(precision, device):
                 parts: dict[str, LossPart] = module(batch.to(device))
             loss: Tensor = sum(
-                (part.total * (part.weight * world / max(1.0, counts[name])) for name, part in parts.items()),
+                (
+                    part.total * (part.weight * world / max(1.0, counts[name]))
+                    for name, part in parts.items()
+                    if not name.startswith("_")
+                ),
                 start=torch.zeros((), device=device),
             )
             loss.backward()  # type: ignore[no-untyped-call]
-        for name, part in parts.items():
-            totals[name] = totals.get(name, 0.0) + float(part.total.detach())
+        values = torch.stack([part.total.detach().to(loss.dtype) for part in parts.values()]).tolist()
+        for name, value in zip(parts, values, strict=True):
+            totals[name] = totals.get(name, 0.0) + value
         after()
     return totals
 
