@@ -12,9 +12,10 @@ from isoform.text.tokenizers import TextTokenizer
 class Windower:
     """Divides the `text` of documents that are longer than the context, and the bytes that it stands for.
 
-    Windows have `objective.window_tokens` ids; each begins with the last id of the one before, which it reads but is
-    not asked, so that every token but the first is asked exactly once. An objective that is not `windowed` shortens
-    its long samples itself; here they are counted, or refused.
+    Windows have `objective.window_tokens` ids. Unless they stand end to end (`objective.window_overlap` is 0), each
+    begins with the last id of the one before, which it reads but is not asked, so that every token but the first is
+    asked exactly once. An objective that is not `windowed` shortens its long samples itself; here they are counted, or
+    refused.
     """
 
     def __init__(self, tokenizer: Tokenizer, objective: Objective, policy: str, max_tokens: int) -> None:
@@ -24,9 +25,11 @@ class Windower:
         self._windowed = objective.windowed
         self._objective = objective
         self._window = objective.window_tokens if objective.windowed else max_tokens
+        # An objective that asks from both sides has windows end to end.
+        self._overlap: int = getattr(objective, "window_overlap", 1)
         self._policy = policy
         self._max_tokens = max_tokens
-        self.key = [policy, self._window, max_tokens, objective.windowed]
+        self.key = [policy, self._window, max_tokens, objective.windowed, *([] if self._overlap else ["end to end"])]
 
     def cut(self, document: Document, encoded: Encoded) -> tuple[list[tuple[int, int]], list[int], int]:
         """((start, length) of each window in the document's text, bytes of each, tokens that are dropped).
@@ -47,7 +50,7 @@ class Windower:
         if self._policy == "truncate":
             before = self._bytes_before(ids, encoded.num_bytes, np.array([self._window]))
             return [(0, self._window)], before.tolist(), len(ids) - self._window
-        starts = np.arange(0, len(ids) - 1, max(1, self._window - 1))
+        starts = np.arange(0, len(ids) - self._overlap, max(1, self._window - self._overlap))
         ends = np.minimum(starts + self._window, len(ids))
         before = self._bytes_before(ids, encoded.num_bytes, ends)
         ranges = list(zip(starts.tolist(), (ends - starts).tolist(), strict=True))

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Columns that come from generated answers; every other one is a statistic of the objective.
 ANSWER_COLUMNS = frozenset({"correct", "examples"})
+# Columns of texts whose tokens are hidden one at a time.
+PSEUDO_COLUMNS = frozenset({"pseudo_nats", "pseudo_tokens"})
 # Samples prepared at once: enough to batch like lengths together, few enough to stream.
 POOL_SAMPLES = 4096
 
@@ -101,7 +103,10 @@ def evaluate(
     mine = list(range(rank, len(dataset), world))
     rows: dict[int, dict[str, Any]] = {index: _empty_row(dataset[index], split) for index in mine}
     judged: set[int] = set()
-    if wanted - ANSWER_COLUMNS or (wanted and keep_predictions == 0):
+    if wanted & PSEUDO_COLUMNS:
+        for index, stats in _one_by_one(way, scored, dataset, mine):
+            rows[index]["stats"].update(stats)
+    if wanted - ANSWER_COLUMNS - PSEUDO_COLUMNS or (wanted and keep_predictions == 0):
         for index, stats in _likelihoods(way, scored, dataset, mine):
             if keep_predictions == 0 and wanted & ANSWER_COLUMNS and _is_told(scored, dataset[index], max_new_tokens):
                 stats |= {"correct": float(stats["correct_tokens"] == stats["tokens"]), "examples": 1.0}
@@ -159,6 +164,30 @@ def _likelihoods(
             for row, (index, sample) in enumerate(group):
                 stats = {name: float(values[row]) for name, values in columns.items()}
                 yield index, {**stats, "bytes": float(sample.num_bytes)}
+
+
+def _one_by_one(
+    way: _Way, objective: ScoredObjective, dataset: Examples, indices: Sequence[int]
+) -> Iterator[tuple[int, dict[str, float]]]:
+    """(index, nats and tokens of the example where each of its tokens is hidden alone), in order."""
+    import torch
+
+    from isoform.data.batches import collate
+
+    views = getattr(objective, "one_by_one", None)
+    if views is None:
+        raise ConfigError(
+            "evaluate.metrics: pseudo_perplexity hides tokens one by one, which only the objective `masked` does"
+        )
+    for index in indices:
+        stats = dict.fromkeys(PSEUDO_COLUMNS, 0.0)
+        for group in _token_batches([(index, sample) for sample in views(dataset[index])], way.batch_tokens):
+            batch = collate([sample for _, sample in group]).to(way.device)
+            with torch.no_grad(), way.autocast():
+                found = objective.statistics(way.model, batch, way.model(batch))
+            stats["pseudo_nats"] += float(found["nats"].sum())
+            stats["pseudo_tokens"] += float(found["tokens"].sum())
+        yield index, stats
 
 
 def _fixed_sample(objective: Objective, encoded: Encoded) -> Sample:
