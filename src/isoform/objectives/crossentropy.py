@@ -18,6 +18,8 @@ from isoform.layers import ragged
 
 # Logits made at once: 64 MB in fp32. Where nothing is kept for a backward pass, this bounds the memory of the loss.
 CHUNK_LOGITS = 1 << 24
+# oneDNN builds a kernel for each new number of rows, so the places that are asked are rounded up to one in so many.
+FRIENDLY_PLACES = 64
 
 
 def logit_chunks(model: Model, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -45,30 +47,32 @@ class TokenObjective:
     def loss(self, model: Model, batch: Batch, output: Output) -> dict[str, LossPart]:
         """The weighted sum of -log p(target), in nats."""
         asked, targets, weights = _asked(batch)
+        places, padded = _rounded_up(asked, targets)
         losses = torch.cat(
             [
-                functional.cross_entropy(logits, some, reduction="none")
-                for logits, some in logit_chunks(model, output.hidden[asked], targets)
+                functional.cross_entropy(logits, some, reduction="none", ignore_index=IGNORE)
+                for logits, some in logit_chunks(model, output.hidden[places], padded)
             ]
-        )
+        )[: len(asked)]
         return {"loss": LossPart((losses if weights is None else losses * weights).sum())}
 
     def statistics(self, model: Model, batch: Batch, output: Output) -> dict[str, Tensor]:
         """Unweighted sums of each sequence, float64 `(b,)` on the host: nats, tokens, correct_tokens."""
         asked, targets, _ = _asked(batch)
         nats, correct = [], []
-        for logits, some in logit_chunks(model, output.hidden[asked], targets):
-            nats.append(functional.cross_entropy(logits, some, reduction="none"))
+        places, padded = _rounded_up(asked, targets)
+        for logits, some in logit_chunks(model, output.hidden[places], padded):
+            nats.append(functional.cross_entropy(logits, some, reduction="none", ignore_index=IGNORE))
             correct.append(logits.argmax(-1) == some)
         sequence = ragged.rows(batch.sequences, torch.device("cpu"))[asked.cpu()]
 
         def by_sequence(values: Tensor) -> Tensor:
             sums = torch.zeros(len(batch.sequences), dtype=torch.float64)
-            return sums.index_add(0, sequence, values.cpu().double())
+            return sums.index_add(0, sequence, values[: len(asked)].cpu().double())
 
         return {
             "nats": by_sequence(torch.cat(nats)),
-            "tokens": by_sequence(torch.ones_like(targets)),
+            "tokens": by_sequence(torch.ones_like(padded)),
             "correct_tokens": by_sequence(torch.cat(correct)),
         }
 
@@ -81,3 +85,9 @@ def _asked(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     if batch.weights is not None:
         weights = batch.weights[ragged.rows(batch.sequences, batch.tokens.device)[asked]]
     return asked, batch.targets[asked], weights
+
+
+def _rounded_up(asked: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Both with some more places, the first token's, whose target is IGNORE: `(m,)` -> `(m rounded up,)`."""
+    more = -len(asked) % min(FRIENDLY_PLACES, max(1, len(asked)))
+    return functional.pad(asked, (0, more)), functional.pad(targets, (0, more), value=IGNORE)
