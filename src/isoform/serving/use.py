@@ -48,7 +48,8 @@ class Opened:
 
 
 def open_model(path: str | Path, *, precision: str | None = None, max_tokens: int | None = None) -> Opened:
-    """Opens a run folder or a model folder; a model that no run trained is taken as a causal language model.
+    """Opens a run folder or a model folder; a model that no run trained is taken as a language model,
+    causal or masked, as its family is.
 
     Raises: CheckpointError, ConfigError.
     """
@@ -59,7 +60,9 @@ def open_model(path: str | Path, *, precision: str | None = None, max_tokens: in
     config = _run_of(Path(path))
     if config is None:
         limit = max_tokens or loaded.model.max_positions or RunConfig().text.max_tokens
-        config = run_config({"text": {"max_tokens": int(limit)}, "model": {"from": str(path)}})
+        kind = "masked" if "bidirectional" in loaded.model.capabilities else "causal"
+        values = {"text": {"max_tokens": int(limit)}, "model": {"from": str(path)}, "objective": {"kind": kind}}
+        config = run_config(values)
     cls, options = component("objective", config.objective, "objective")
     objective: Objective = cls(options, loaded.tokenizer, config.text.max_tokens)
     chosen = precision or machine.choose_precision(config.train.precision, device.type)
@@ -196,6 +199,8 @@ def continue_text(
     opened: Opened, text: str, *, sampling: Sampling = GREEDY, seed: int = 0, max_new_tokens: int = 200
 ) -> Iterator[str]:
     """The prompt's continuation, piece by piece."""
+    if "bidirectional" in opened.model.capabilities:
+        raise ConfigError(f"{opened.path}: an encoder, which reads a text from both sides and cannot continue one")
     tokens = opened.tokenizer.encode(text)
     special = opened.tokenizer.special_ids
     if not len(tokens):

@@ -95,6 +95,8 @@ def prepare(
     # Master weights are float32, whatever the folder holds.
     loaded = load_model(start, dtype=torch.float32) if start is not None else None
     draft: Objective = objective_class(objective_options, None, config.text.max_tokens)
+    if family is not None:
+        _check_ability(config, draft, family, str(config.model["family"]))
     splits = load_splits(config.data, draft.alternatives)
     if for_training and "train" not in splits.splits:
         raise ConfigError("data: no training split; give `data.path` or `data.train`")
@@ -117,12 +119,7 @@ def prepare(
         raise ConfigError(f"text.max_tokens: {max_tokens} given, but the model has {limit} positions; lower it")
     objective: Objective = with_routing(objective_class(objective_options, tokenizer, max_tokens), model)
     _check_scoring(config, objective, set(splits.splits), for_training)
-    missing = objective.needs - model.capabilities
-    if missing:
-        raise ConfigError(
-            f"objective.kind: {config.objective['kind']} needs a model that is {' and '.join(sorted(missing))}; "
-            f"{family_name} is {', '.join(sorted(model.capabilities))}"
-        )
+    _check_ability(config, objective, model, family_name)
     datasets = {
         name: build_dataset(
             source,
@@ -155,6 +152,16 @@ def prepare(
         device=device,
         fingerprints={"data": _data_fingerprint(datasets, splits), "tokenizer": tokenizer.fingerprint()},
     )
+
+
+def _check_ability(config: RunConfig, objective: Objective, model: Any, family_name: str) -> None:
+    """What is asked of the model must be what its family does; known before any text is read."""
+    missing = objective.needs - model.capabilities
+    if missing:
+        raise ConfigError(
+            f"objective.kind: {config.objective['kind']} needs a model that is {' and '.join(sorted(missing))}; "
+            f"{family_name} is {', '.join(sorted(model.capabilities))}"
+        )
 
 
 def _check_scoring(config: RunConfig, objective: Objective, splits: set[str], for_training: bool) -> None:
