@@ -241,6 +241,10 @@ def test_a_misshapen_part_is_named() -> None:
     for shape in ((31, 32), (32, 31)):
         with pytest.raises(CheckpointError, match=rf"{name}: has the shape \({shape[0]}, {shape[1]}\), \(32, 32\) is"):
             Bert.state_from_hf(hf.config.to_dict(), {**stored(hf), name: torch.ones(shape)})
+    with pytest.raises(
+        CheckpointError, match=r"word_embeddings.weight: has the shape \(61, 32\), \(70, 32\) .* vocab_size"
+    ):
+        Bert.state_from_hf({**hf.config.to_dict(), "vocab_size": 70}, stored(hf))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ that nobody needs. The same table is read both ways, so that what can be read ca
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,11 +56,14 @@ def expand(table: Table, num_layers: int) -> dict[str, Place | None]:
     return expanded
 
 
-def to_ours(tensors: Mapping[str, Tensor], table: Table, num_layers: int, ours: Iterable[str]) -> dict[str, Tensor]:
+def to_ours(
+    tensors: Mapping[str, Tensor], table: Table, num_layers: int, ours: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Their tensors under our names, dtypes kept.
 
-    ours: the names of our parameters. Raises: CheckpointError naming tensors that are unknown (with the missing one
-    that each is most like), that are missing, or that hold values which our model has no parameter for.
+    ours: our parameters, for their names and shapes. Raises: CheckpointError naming tensors that are unknown (with the
+    missing one that each is most like), missing, of another shape, or that hold values which our model has no parameter
+    for.
     """
     places, wanted = expand(table, num_layers), set(ours)
     unknown = sorted(set(tensors) - set(places))
@@ -71,7 +74,7 @@ def to_ours(tensors: Mapping[str, Tensor], table: Table, num_layers: int, ours: 
         guessed = [name + nearest(name, missing) for name in unknown]
         lists = {"unknown": guessed, "missing": missing, "without a name in this format": unnamed}
         raise CheckpointError("; ".join(f"tensors {word}: {listed(names)}" for word, names in lists.items() if names))
-    result = _joined({theirs: (place, place.read(tensors[theirs])) for theirs, place in needed.items()})
+    result = _joined({theirs: (place, place.read(tensors[theirs])) for theirs, place in needed.items()}, ours)
     for theirs, tensor in tensors.items():
         unused = places[theirs]
         if unused is not None and unused.name not in wanted:
@@ -79,18 +82,18 @@ def to_ours(tensors: Mapping[str, Tensor], table: Table, num_layers: int, ours: 
     return result
 
 
-def _joined(read: Mapping[str, tuple[Place, Tensor]]) -> dict[str, Tensor]:
-    """Our parameters from their tensors. Raises: CheckpointError where a part has not the rows of its place."""
+def _joined(read: Mapping[str, tuple[Place, Tensor]], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our parameters from their tensors. Raises: CheckpointError where one has not the shape of its place."""
     parts: dict[str, dict[int, Tensor]] = {}
     for theirs, (place, tensor) in read.items():
-        first, end = place.rows or (0, len(tensor) if tensor.ndim else 0)
-        others = parts.setdefault(place.name, {})
-        width = next((other.shape[1:] for other in others.values()), tensor.shape[1:])
-        if place.rows is not None and tensor.shape != (end - first, *width):
+        whole = ours[place.name]
+        expected = whole.shape if place.rows is None else whole[slice(*place.rows)].shape
+        if tensor.shape != expected:
             raise CheckpointError(
-                f"{theirs}: has the shape {tuple(tensor.shape)}, {(end - first, *width)} is expected from the config"
+                f"{theirs}: has the shape {tuple(tensor.shape)}, {tuple(expected)} is expected from config.json"
+                + ("; is vocab_size the number of its rows?" if place.name == "embedding.weight" else "")
             )
-        others[first] = tensor
+        parts.setdefault(place.name, {})[place.rows[0] if place.rows else 0] = tensor
     return {
         name: torch.cat([some[first] for first in sorted(some)]) if len(some) > 1 else next(iter(some.values()))
         for name, some in parts.items()
