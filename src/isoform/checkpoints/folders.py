@@ -21,6 +21,7 @@ from torch import Tensor
 
 from isoform import registry, storage
 from isoform.checkpoints import manifest, tensors
+from isoform.checkpoints.gguf import read_gguf
 from isoform.checkpoints.sources import pickle_error, pickles, resolve_model
 from isoform.checkpoints.tensors import read_object
 from isoform.contracts import Tokenizer
@@ -28,6 +29,7 @@ from isoform.errors import CheckpointError, IsoformError
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer
 
 NATIVE_PREFIX = "isoform-"
+GGUF_SUFFIX = ".gguf"
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +143,8 @@ def load_model(
     missing or of another shape are refused by name. Raises: CheckpointError.
     """
     folder = resolve_model(path)
+    if folder.suffix == GGUF_SUFFIX and folder.is_file():
+        return _load_gguf(folder, dtype, device)
     verified = (folder / manifest.NAME).is_file()
     if verified:
         manifest.verify(folder)
@@ -150,17 +154,40 @@ def load_model(
     family, config, extra = _identify(folder, hf_config)
     cls = registry.lookup("model", family)
     weights = read_weights(folder)
-    model = cls(config, seed=None)
-    load_weights(model, weights, str(folder))
+    model = _filled(cls(config, seed=None), weights, str(folder), dtype, device)
+    tokenizer, reason = _load_tokenizer(folder, config)
+    info = {"path": str(folder), "extra": extra, "verified": verified, "hf_config": hf_config, "tokenizer": reason}
+    return LoadedModel(model, tokenizer, family, config, info)
+
+
+def _load_gguf(path: Path, dtype: torch.dtype | None, device: str | torch.device) -> LoadedModel:
+    """The model of a .gguf file; parameters are float32 unless told."""
+    found = read_gguf(path)
+    family = family_for(found.hf_config["model_type"])
+    assert family is not None, "what is read from GGUF has a family"
+    cls = registry.lookup("model", family)
+    with _about(path):
+        config = cls.from_hf(found.hf_config)
+        weights = cls.state_from_hf(found.hf_config, found.tensors)
+    model = _filled(cls(config, seed=None), weights, str(path), dtype, device)
+    if found.tokenizer is not None:
+        _check_ids(path, found.tokenizer, config)
+    info = {"path": str(path), "extra": {}, "verified": False, "hf_config": found.hf_config, "packed": found.kinds}
+    return LoadedModel(model, found.tokenizer, family, config, {**info, "tokenizer": found.no_tokenizer})
+
+
+def _filled(
+    model: Any, weights: Mapping[str, Tensor], where: str, dtype: torch.dtype | None, device: str | torch.device
+) -> Any:
+    """The model with these weights, in one precision, ready to be used."""
+    load_weights(model, weights, where)
     wanted = dtype or next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
     for parameter in model.parameters():
         # Buffers (tables of angles, slopes) keep their precision, as they do in transformers.
         parameter.data = parameter.data.to(device=device, dtype=wanted)
     model.to(device)
     model.eval()
-    tokenizer, reason = _load_tokenizer(folder, config)
-    info = {"path": str(folder), "extra": extra, "verified": verified, "hf_config": hf_config, "tokenizer": reason}
-    return LoadedModel(model, tokenizer, family, config, info)
+    return model
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -205,17 +232,25 @@ def _identify(folder: Path, hf_config: dict[str, Any]) -> tuple[str, Any, dict[s
     model_type = hf_config.get("model_type")
     if str(model_type).startswith(NATIVE_PREFIX):
         raise CheckpointError(f"{folder / 'isoform.json'}: missing; a folder of type {model_type!r} needs it")
-    families = {name: registry.lookup("model", name) for name in registry.names("model")}
-    for name, cls in families.items():
-        if model_type in cls.hf_model_types:
-            with _about(folder):
-                # Which heads a folder has is told by its tensors; `architectures` is often wrong.
-                return name, cls.from_hf({**hf_config, "tensor_names": tensors.stored_names(folder)}), {}
-    known = sorted({str(item) for cls in families.values() for item in cls.hf_model_types})
+    found = family_for(model_type)
+    if found is not None:
+        with _about(folder):
+            # Which heads a folder has is told by its tensors; `architectures` is often wrong.
+            config = {**hf_config, "tensor_names": tensors.stored_names(folder)}
+            return found, registry.lookup("model", found).from_hf(config), {}
+    known = sorted(
+        {str(kind) for name in registry.names("model") for kind in registry.lookup("model", name).hf_model_types}
+    )
     raise CheckpointError(
         f"{folder / 'config.json'}: model_type {model_type!r:.60} is not known"
         f"{registry.nearest(str(model_type), known)}; known: {', '.join(known)}"
     )
+
+
+def family_for(model_type: Any) -> str | None:
+    """The registered name of the family that reads a model_type of transformers."""
+    names = registry.names("model")
+    return next((name for name in names if model_type in registry.lookup("model", name).hf_model_types), None)
 
 
 def _load_tokenizer(folder: Path, config: Any) -> tuple[TextTokenizer | None, str | None]:
@@ -224,13 +259,17 @@ def _load_tokenizer(folder: Path, config: Any) -> tuple[TextTokenizer | None, st
         return None, f"{folder}: there is no tokenizer.json"
     with _about(folder):
         tokenizer = load_tokenizer(folder)
+    _check_ids(folder, tokenizer, config)
+    return tokenizer, None
+
+
+def _check_ids(path: Path, tokenizer: TextTokenizer, config: Any) -> None:
     highest = max([tokenizer.vocab_size - 1, *tokenizer.special_ids.values()])
     if highest >= config.vocab_size:
         raise CheckpointError(
-            f"{folder}: the tokenizer has the id {highest}, the model has rows for ids 0 to {config.vocab_size - 1}; "
+            f"{path}: the tokenizer has the id {highest}, the model has rows for ids 0 to {config.vocab_size - 1}; "
             "tokenizer and model do not belong together"
         )
-    return tokenizer, None
 
 
 @contextmanager

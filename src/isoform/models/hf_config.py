@@ -11,15 +11,15 @@ from isoform.registry import nearest
 
 # Fields that say where a model came from, how it is called or how it generates, and nothing about its numbers.
 _INDIFFERENT = """
-_attn_implementation_autoset _name_or_path architectures bad_words_ids begin_suppress_tokens bos_token_id
-chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping eos_token_id
-finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range is_encoder_decoder
+_attn_implementation_autoset _model_name_or_path _name_or_path architectures bad_words_ids begin_suppress_tokens
+bos_token_id chunk_size_feed_forward decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+eos_token_id finetuning_task forced_bos_token_id forced_eos_token_id id2label initializer_range is_encoder_decoder
 is_llama_config isoform label2id length_penalty max_length max_window_layers min_length model_type name_or_path
 no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states
 output_router_logits output_scores pad_token_id prefix pretraining_tp problem_type repetition_penalty return_dict
-return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tensor_names
-tf_legacy_loss tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version typical_p
-unsloth_fixed unsloth_version use_bfloat16 use_cache
+return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tensor_names tf_legacy_loss
+tokenizer_class top_k top_p torch_dtype transformers.js_config transformers_version typical_p unsloth_fixed
+unsloth_version use_bfloat16 use_cache
 """
 INDIFFERENT = frozenset(_INDIFFERENT.split())
 

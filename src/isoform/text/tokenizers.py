@@ -28,6 +28,7 @@ ROLES = ("pad", "unk", "bos", "eos", "mask", "sep", "cls")
 # Encoding builds about 150 bytes for each byte of text, so longer texts are encoded piece by piece.
 PIECE_CHARACTERS = 250_000
 MAX_FILE_BYTES = 200_000_000
+CHAT_TEMPLATE = "chat_template.jinja"
 # Pre-tokenizers that end a word at a space, and normalizers that look at one character at a time: with these the
 # ids of a text are those of its pieces, if it is cut before a space that stands between letters.
 _CUTTABLE_PRE_TOKENIZERS = {"ByteLevel", "BertPreTokenizer", "WhitespaceSplit", "Split"}
@@ -38,14 +39,16 @@ class TextTokenizer:
     """Text to ids and back, whatever the kind; implements `contracts.Tokenizer`.
 
     special: role (`pad`, `unk`, `bos`, `eos`, `mask`, `sep`, `cls`) -> the token that plays it.
+    chat_template: how a conversation is written down for the model (Jinja, see `text.chat`), if it knows one.
     """
 
-    def __init__(self, backend: Backend, special: Mapping[str, str]) -> None:
+    def __init__(self, backend: Backend, special: Mapping[str, str], chat_template: str | None = None) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self.backend = backend
         self.special = {role: special[role] for role in ROLES if role in special}
+        self.chat_template = chat_template
 
     # ------------------------------------------------------------------------------------------------------- what it is
 
@@ -188,7 +191,7 @@ class TextTokenizer:
     # ---------------------------------------------------------------------------------------------------------- on disk
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, as `transformers.AutoTokenizer` reads them."""
+        """Writes tokenizer.json, tokenizer_config.json and the chat template, as `transformers.AutoTokenizer` reads."""
         storage.write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True) + "\n")
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
@@ -198,6 +201,8 @@ class TextTokenizer:
             **{f"{role}_token": token for role, token in self.special.items()},
         }
         storage.write_json(folder / "tokenizer_config.json", settings)
+        if self.chat_template is not None:
+            storage.write_text(folder / CHAT_TEMPLATE, self.chat_template)
 
 
 def byte_characters() -> dict[int, str]:
@@ -263,7 +268,20 @@ def load_tokenizer(path: Path) -> TextTokenizer:
         raise
     except Exception as error:  # the library raises bare Exception
         raise DataError(f"{file}: not a tokenizer.json: {error}") from None
-    return TextTokenizer(backend, _roles(file.parent, backend))
+    return TextTokenizer(backend, _roles(file.parent, backend), _chat_template(file.parent))
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template from a file of its own, or the default one in tokenizer_config.json."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    settings = storage.read_json(config) if config.is_file() else None
+    template = settings.get("chat_template") if isinstance(settings, dict) else None
+    if isinstance(template, list):
+        named = {row.get("name"): row.get("template") for row in template if isinstance(row, dict)}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
 
 
 def _roles(folder: Path, backend: Backend) -> dict[str, str]:
