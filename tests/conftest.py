@@ -20,3 +20,25 @@ def _cache_of_the_session(tmp_path_factory):
     os.environ["ISOFORM_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     yield
     del os.environ["ISOFORM_CACHE"]
+
+
+@pytest.fixture
+def make_batch():
+    """Makes a ragged batch of random tokens with the given lengths."""
+    import torch
+
+    from isoform.contracts import Batch, Sequences
+    from isoform.layers import ragged
+
+    def make(lengths, *, vocab=61, dropout_key=None, seed=0):
+        sequences = Sequences(lengths)
+        generator = torch.Generator().manual_seed(seed)
+        return Batch(
+            tokens=torch.randint(0, vocab, (sequences.num_tokens,), generator=generator),
+            positions=ragged.places(sequences, torch.device("cpu")),
+            sequences=sequences,
+            sample_keys=torch.arange(len(lengths)) * 7919 + 13,
+            dropout_key=dropout_key,
+        )
+
+    return make

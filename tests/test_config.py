@@ -11,7 +11,6 @@ from isoform.config import (
     apply_settings,
     is_study,
     merge,
-    parse_yaml,
     read_config,
     recipe_names,
     run_config,
@@ -19,6 +18,7 @@ from isoform.config import (
     to_yaml,
 )
 from isoform.errors import ConfigError
+from isoform.yaml12 import parse_yaml
 
 
 @pytest.mark.parametrize(

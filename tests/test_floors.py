@@ -11,7 +11,7 @@ import isoform
 
 ROOT = Path(isoform.__file__).parent
 FLOORS = {
-    **dict.fromkeys(("contracts", "registry", "errors", "machine", "chance", "storage"), 1),
+    **dict.fromkeys(("contracts", "registry", "errors", "machine", "chance", "storage", "yaml12"), 1),
     **dict.fromkeys(("layers", "text", "config"), 2),
     **dict.fromkeys(("models", "data"), 3),
     **dict.fromkeys(("checkpoints", "evaluation", "objectives"), 4),

@@ -305,6 +305,7 @@ class Objective(Protocol):
     windowed: bool
     window_tokens: int
     metrics: tuple[str, ...]  # names of the metrics that make sense, the first being the default
+    tokenizer: Tokenizer
 
     def encode(self, document: Document) -> Encoded:
         """The document's fields as ids; pure, so that it may be cached.
@@ -335,6 +336,10 @@ class Objective(Protocol):
 
     def loss(self, model: Model, batch: Batch, output: Output) -> dict[str, LossPart]:
         """Loss part name -> its sum over the batch, in nats."""
+        ...
+
+    def statistics(self, model: Model, batch: Batch, output: Output) -> Mapping[str, Tensor]:
+        """Column that metrics read -> float64 `(b,)` on the host, one additive number a sequence."""
         ...
 
 

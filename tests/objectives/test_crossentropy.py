@@ -33,8 +33,8 @@ def test_loss_and_statistics_equal_torch(token_model, collate, rows, chunk) -> N
     batch = collate(samples_of(rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(crossentropy, "CHUNK_LOGITS", chunk)
-        total = TokenObjective().loss(model, batch, model(batch))["loss"].total
-        stats = TokenObjective().statistics(model, batch, model(batch))
+        total = TokenObjective(None, None, 8).loss(model, batch, model(batch))["loss"].total
+        stats = TokenObjective(None, None, 8).statistics(model, batch, model(batch))
     z = model.logits(model(batch).hidden)
     expected = functional.cross_entropy(z, batch.targets, ignore_index=IGNORE, reduction="none")
     assert torch.allclose(total, expected.sum(), rtol=1e-12, atol=1e-12)
@@ -43,13 +43,13 @@ def test_loss_and_statistics_equal_torch(token_model, collate, rows, chunk) -> N
     asked = (batch.targets != IGNORE).double()
     for name, values in (("nats", expected), ("tokens", asked), ("correct_tokens", right)):
         assert torch.allclose(stats[name], torch.stack([part.sum() for part in values.split(lengths)])), name
-    assert TokenObjective().counts(batch) == {"loss": float((batch.targets != IGNORE).sum())}
+    assert TokenObjective(None, None, 8).counts(batch) == {"loss": float((batch.targets != IGNORE).sum())}
 
 
 def test_logits_are_made_only_where_something_is_asked(token_model, collate) -> None:
     model = token_model(VOCAB)
     batch = collate(samples_of([[(1, 2), (3, -1), (4, -1)], [(5, 6)]]))
-    TokenObjective().loss(model, batch, model(batch))
+    TokenObjective(None, None, 8).loss(model, batch, model(batch))
     assert model.num_logits == 2
 
 
@@ -58,15 +58,17 @@ def test_weights_multiply_total_and_count(token_model, collate) -> None:
     rows = [[(1, 2), (3, -1)], [(5, 6), (1, 1), (2, 2)]]
     whole, first, second = (collate(samples_of(some)) for some in (rows, rows[:1], rows[1:]))
     whole.weights = torch.tensor([3.0, 0.5])
-    parts = [TokenObjective().loss(model, batch, model(batch))["loss"].total for batch in (whole, first, second)]
+    parts = [
+        TokenObjective(None, None, 8).loss(model, batch, model(batch))["loss"].total for batch in (whole, first, second)
+    ]
     assert torch.allclose(parts[0], 3 * parts[1] + 0.5 * parts[2])
-    assert TokenObjective().counts(whole) == {"loss": 3 * 1 + 0.5 * 3}
+    assert TokenObjective(None, None, 8).counts(whole) == {"loss": 3 * 1 + 0.5 * 3}
 
 
 def test_a_batch_that_asks_nothing_has_zero_loss_and_a_gradient(token_model, collate) -> None:
     model = token_model(VOCAB)
     batch = collate(samples_of([[(1, -1), (2, -1)]]))
-    total = TokenObjective().loss(model, batch, model(batch))["loss"].total
+    total = TokenObjective(None, None, 8).loss(model, batch, model(batch))["loss"].total
     total.backward()
     assert total == 0
     assert model.head.grad is not None and model.embedding.grad is not None
@@ -75,4 +77,4 @@ def test_a_batch_that_asks_nothing_has_zero_loss_and_a_gradient(token_model, col
 def test_bf16_logits_are_lost_in_fp32(token_model, collate) -> None:
     model = token_model(VOCAB, torch.bfloat16)
     batch = collate(samples_of([[(1, 2), (3, 4)]]))
-    assert TokenObjective().loss(model, batch, model(batch))["loss"].total.dtype == torch.float32
+    assert TokenObjective(None, None, 8).loss(model, batch, model(batch))["loss"].total.dtype == torch.float32

@@ -82,7 +82,7 @@ def test_sequences_are_balanced_one_by_one() -> None:
 
 def test_micro_batches_and_filler_change_nothing() -> None:
     model = Llama.tiny(feedforward=MOE).double()
-    objective = with_routing(TokenObjective(), model)  # type: ignore[arg-type]
+    objective = with_routing(TokenObjective(None, None, 8), model)  # type: ignore[arg-type]
     whole, filled = batch_of([9, 2, 14, 6]), batch_of([9, 2, 14, 6, 5], num_filler=1)
     filled.tokens[:31] = whole.tokens
     filled.targets[:31] = whole.targets
@@ -107,7 +107,7 @@ def test_micro_batches_and_filler_change_nothing() -> None:
 
 def test_the_routers_learn_from_both_losses_and_statistics_are_no_loss() -> None:
     model, batch = Llama.tiny(feedforward={**MOE, "balance_weight": 0.5, "z_weight": 0.25}), batch_of([9, 14])
-    objective = with_routing(TokenObjective(), model)  # type: ignore[arg-type]
+    objective = with_routing(TokenObjective(None, None, 8), model)  # type: ignore[arg-type]
     output = model(batch)
     parts = objective.loss(model, batch, output)
     assert (parts["balance"].weight, parts["router_z"].weight) == (0.5, 0.25)
@@ -118,12 +118,12 @@ def test_the_routers_learn_from_both_losses_and_statistics_are_no_loss() -> None
 
 
 def test_models_that_do_not_route_keep_their_objective() -> None:
-    objective: Any = TokenObjective()
+    objective: Any = TokenObjective(None, None, 8)
     assert with_routing(objective, Llama.tiny()) is objective
 
 
 def test_everything_else_is_the_objectives_own() -> None:
-    objective = Routed(type("Own", (TokenObjective,), {"stochastic": True})(), [])  # type: ignore[arg-type]
+    objective = Routed(type("Own", (TokenObjective,), {"stochastic": True})(None, None, 8), [])  # type: ignore[arg-type]
     assert objective.stochastic
     assert objective.statistics.__self__ is objective.objective
     with pytest.raises(AttributeError):

@@ -11,12 +11,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from isoform import chance
-from isoform.contracts import IGNORE, Batch, Encoded, Metric, Model, Objective, Output, Prompt, Sample, Tokenizer
+from isoform.contracts import IGNORE, Encoded, Metric, Model, Objective, Prompt, Sample
 from isoform.errors import ConfigError
 from isoform.evaluation.generate import generate
 from isoform.evaluation.metrics import build_metrics, result_row
@@ -38,16 +38,6 @@ class Examples(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Encoded: ...
-
-
-class ScoredObjective(Objective, Protocol):
-    """An objective that gives the statistics of examples and can spell answers."""
-
-    tokenizer: Tokenizer
-
-    def statistics(self, model: Model, batch: Batch, output: Output) -> Mapping[str, torch.Tensor]:
-        """Column -> float64 `(b,)`, one additive number a sequence."""
-        ...
 
 
 @dataclass(slots=True)
@@ -96,7 +86,6 @@ def evaluate(
 
     Raises: ConfigError where a metric needs answers that the objective does not generate.
     """
-    scored = cast(ScoredObjective, objective)
     chosen = build_metrics(objective.metrics if metrics is None else metrics)
     wanted = {column for metric in chosen for column in metric.columns}
     way = _Way(model, batch_tokens, device, autocast)
@@ -104,16 +93,20 @@ def evaluate(
     rows: dict[int, dict[str, Any]] = {index: _empty_row(dataset[index], split) for index in mine}
     judged: set[int] = set()
     if wanted & PSEUDO_COLUMNS:
-        for index, stats in _one_by_one(way, scored, dataset, mine):
+        for index, stats in _one_by_one(way, objective, dataset, mine):
             rows[index]["stats"].update(stats)
     if wanted - ANSWER_COLUMNS - PSEUDO_COLUMNS or (wanted and keep_predictions == 0):
-        for index, stats in _likelihoods(way, scored, dataset, mine):
-            if keep_predictions == 0 and wanted & ANSWER_COLUMNS and _is_told(scored, dataset[index], max_new_tokens):
+        for index, stats in _likelihoods(way, objective, dataset, mine):
+            if (
+                keep_predictions == 0
+                and wanted & ANSWER_COLUMNS
+                and _is_told(objective, dataset[index], max_new_tokens)
+            ):
                 stats |= {"correct": float(stats["correct_tokens"] == stats["tokens"]), "examples": 1.0}
                 judged.add(index)
             rows[index]["stats"].update({name: value for name, value in stats.items() if name in wanted})
     if wanted & ANSWER_COLUMNS:
-        _answers(way, scored, dataset, {index: rows[index] for index in mine if index not in judged}, max_new_tokens)
+        _answers(way, objective, dataset, {index: rows[index] for index in mine if index not in judged}, max_new_tokens)
     gathered = sorted(gather(list(rows.items())))
     predictions = _distinct_ids([row for _, row in gathered])
     kept = predictions if keep_predictions is None else predictions[:keep_predictions]
@@ -147,7 +140,7 @@ def _distinct_ids(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _likelihoods(
-    way: _Way, objective: ScoredObjective, dataset: Examples, indices: Sequence[int]
+    way: _Way, objective: Objective, dataset: Examples, indices: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """(index, statistics of the example) in no particular order."""
     import torch
@@ -167,7 +160,7 @@ def _likelihoods(
 
 
 def _one_by_one(
-    way: _Way, objective: ScoredObjective, dataset: Examples, indices: Sequence[int]
+    way: _Way, objective: Objective, dataset: Examples, indices: Sequence[int]
 ) -> Iterator[tuple[int, dict[str, float]]]:
     """(index, nats and tokens of the example where each of its tokens is hidden alone), in order."""
     import torch
@@ -214,7 +207,7 @@ def _token_batches(pool: Sequence[tuple[int, Sample]], batch_tokens: int) -> Ite
 
 def _answers(
     way: _Way,
-    objective: ScoredObjective,
+    objective: Objective,
     dataset: Examples,
     rows: Mapping[int, dict[str, Any]],
     max_new_tokens: int | None,
@@ -238,7 +231,7 @@ def _answers(
             rows[index]["stats"].update(correct=float(said == prompt.gold), examples=1.0)
 
 
-def _is_told(objective: ScoredObjective, encoded: Encoded, max_new_tokens: int | None) -> bool:
+def _is_told(objective: Objective, encoded: Encoded, max_new_tokens: int | None) -> bool:
     """Whether what is asked of the example is its prompt's answer, from the first token to the stop token."""
     prompt, sample = _question(objective, encoded), _fixed_sample(objective, encoded)
     size = len(prompt.tokens)

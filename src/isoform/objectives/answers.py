@@ -40,9 +40,7 @@ class Answers(TokenObjective):
     metrics: tuple[str, ...] = ("exact_match", "loss", "token_accuracy")
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        super().__init__(config, tokenizer, max_tokens)
         self.window_tokens = max_tokens + 1
 
     @cached_property

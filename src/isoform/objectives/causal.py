@@ -35,9 +35,7 @@ class Causal(TokenObjective):
     metrics: tuple[str, ...] = ("loss", "perplexity", "bits_per_byte", "token_accuracy")
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        super().__init__(config, tokenizer, max_tokens)
         self.window_tokens = max_tokens + 1
 
     @cached_property

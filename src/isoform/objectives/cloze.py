@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from pydantic import Field
 
-from isoform.contracts import IGNORE, Document, Encoded, IntArray, Ints, Prompt, Sample, Tokenizer
+from isoform.contracts import IGNORE, Document, Encoded, IntArray, Ints, Prompt, Sample
 from isoform.objectives.crossentropy import TokenObjective
 from isoform.objectives.fields import required_text, special_id, tokens_of
 from isoform.objectives.salient import name_end, salient_spans, tokens_at
@@ -70,11 +70,7 @@ class Cloze(TokenObjective):
     windowed: bool = False
     metrics: tuple[str, ...] = ("loss", "perplexity", "token_accuracy")
 
-    def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.window_tokens = max_tokens
+    config: Config
 
     @cached_property
     def mask(self) -> int:

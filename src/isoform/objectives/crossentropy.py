@@ -8,12 +8,13 @@ z `(m, v)`: logits at the m places that have a target; y `(m,)`: their targets; 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from isoform.contracts import IGNORE, Batch, LossPart, Model, Output
+from isoform.contracts import IGNORE, Batch, LossPart, Model, Output, Tokenizer
 from isoform.layers import ragged
 
 # Logits made at once: 64 MB in fp32. Where nothing is kept for a backward pass, this bounds the memory of the loss.
@@ -38,6 +39,12 @@ class TokenObjective:
 
     A sample's weight multiplies its targets in both the total and the count.
     """
+
+    def __init__(self, config: Any, tokenizer: Tokenizer, max_tokens: int) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.window_tokens = max_tokens
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """The weighted number of targets; filler has none."""

@@ -63,9 +63,7 @@ class Masked(TokenObjective):
     def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
         if max_tokens < MIN_TOKENS:
             raise ConfigError(f"text.max_tokens: {max_tokens} given, masked needs at least {MIN_TOKENS}")
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        super().__init__(config, tokenizer, max_tokens)
         # Tokens of text that fit between the edges; a draft of the objective, made to read the data, has no tokenizer.
         self.window_tokens = max_tokens - (0 if tokenizer is None else len(self.begin) + len(self.end))
 

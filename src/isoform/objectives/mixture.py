@@ -38,9 +38,7 @@ class Mixture(TokenObjective):
             return parts
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        super().__init__(config, tokenizer, max_tokens)
         self.parts: list[Any] = []
         self.weights: list[float] = []
         for name, options in config.parts.items():

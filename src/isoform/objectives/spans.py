@@ -82,10 +82,7 @@ class SpanCorruption(TokenObjective):
             raise ConfigError(f"text.max_tokens: {max_tokens} given, span corruption needs at least 6")
         if config.bare_fraction and config.view != "named":
             raise ConfigError(f"objective.bare_fraction: nothing to do with `view: {config.view}`; use `view: named`")
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.window_tokens = max_tokens
+        super().__init__(config, tokenizer, max_tokens)
         self.max_view_tokens = max_tokens - MASKS_READ
 
     @cached_property

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isoform.config import parse_yaml
 from isoform.errors import ConfigError, DataError
 from isoform.storage import finite, iterate_jsonl, read_json
 from isoform.studies.wording import is_number
+from isoform.yaml12 import parse_yaml
 
 if TYPE_CHECKING:
     import numpy.typing as npt

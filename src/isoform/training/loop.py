@@ -22,7 +22,7 @@ from torch import nn
 
 from isoform.checkpoints.folders import save_model
 from isoform.checkpoints.randomness import random_streams, restore_random_streams
-from isoform.checkpoints.state import latest_state, optimizer_state_by_name, restore_optimizer, save_state
+from isoform.checkpoints.state import Loaded, optimizer_state_by_name, restore_optimizer, save_state
 from isoform.contracts import RunState
 from isoform.errors import NonFiniteError, OutOfMemoryError
 from isoform.evaluation.evaluate import Evaluation
@@ -79,11 +79,8 @@ class Loop:
 
     # ------------------------------------------------------------------------------------------------ the way through
 
-    def resume(self) -> bool:
-        """Restores the newest complete checkpoint; False where there is none."""
-        found = latest_state(self.folder / "checkpoints", on_event=self.log.event)
-        if found is None:
-            return False
+    def resume(self, found: Loaded) -> None:
+        """Goes on from a checkpoint."""
         with torch.no_grad():
             for name, tensor in self.run.model.state_dict().items():
                 tensor.copy_(found.tensors[name])
@@ -92,7 +89,7 @@ class Loop:
         restore_random_streams(self.state.rng)
         self.silent = set(self.state.scalars.get("silent", []))
         self._saved_step = self.state.step
-        return True
+        self.log.event("resumed", step=self.state.step)
 
     def __call__(self) -> Outcome:
         """All remaining steps. Raises: NonFiniteError, OutOfMemoryError, Stopped."""

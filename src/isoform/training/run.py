@@ -110,7 +110,8 @@ def _train(
         write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
         write_json(manifest_path, _manifest(run, accelerator, started))
     accelerator.wait_for_everyone()
-    found = latest_state(folder / "checkpoints") if resume else None
+    damaged: list[dict[str, Any]] = []
+    found = latest_state(folder / "checkpoints", lambda kind, **what: damaged.append(what)) if resume else None
     forget_after(folder, found.state.step if found else -1) if accelerator.is_main_process else None
     trackers = open_trackers(config.track, folder, config.name, run.resolved) if accelerator.is_main_process else []
     log_folder = folder if accelerator.is_main_process else folder / f".rank-{accelerator.process_index}"
@@ -118,8 +119,10 @@ def _train(
     try:
         with _progress(config, run, found.state.step if found else 0, quiet) as progress:
             loop = Loop(run, folder, accelerator, log, lambda model, split: _score(run, model, split), progress)
-            if resume and loop.resume():
-                log.event("resumed", step=loop.state.step)
+            for what in damaged:
+                log.event("checkpoint-damaged", **what)
+            if found is not None:
+                loop.resume(found)
             outcome = loop()
         if not accelerator.is_main_process:
             return RunResult(folder, [])
