@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 from isoform import machine, storage
 from isoform.checkpoints import doctor
 from isoform.checkpoints.doctor import Finding, examine
 from isoform.checkpoints.folders import save_model
 from isoform.checkpoints.state import save_state
+from isoform.layers.feedforward import Gelu
+from isoform.models.bert import Bert
+from isoform.registry import build_options, lookup
+from isoform.text.tokenizers import TextTokenizer, train_tokenizer
 
 
 @pytest.fixture
@@ -119,3 +126,73 @@ def test_what_is_no_model_and_no_run_is_an_error(tmp_path: Path) -> None:
     assert only(examine(tmp_path / "absent"), "error")
     (tmp_path / "weights.bin").write_bytes(b"")
     assert "a pickle" in only(examine(tmp_path / "weights.bin"), "error")[0]
+
+
+# ------------------------------------------------------------------------------------------------ folders of families
+
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+POSITIONS = {"max_position_embeddings": 40, "vocab_size": 61}
+IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "GPT2LMHeadModel": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 40, "vocab_size": 61, **IDS},
+    "LlamaForCausalLM": {**SIZE, **POSITIONS, **IDS, "num_key_value_heads": 2},
+    "BertForMaskedLM": {**SIZE, **POSITIONS},
+    "BertModel": {**SIZE, **POSITIONS},
+    "RobertaForMaskedLM": {**SIZE, **POSITIONS},
+    "DistilBertForMaskedLM": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, **POSITIONS},
+    "ModernBertForMaskedLM": {**SIZE, **POSITIONS, "pad_token_id": 0, "local_attention": 4},
+}
+
+
+def hf_folder(name: str, folder: Path) -> Path:
+    cls = getattr(transformers, name)
+    torch.manual_seed(0)
+    model = cls(cls.config_class(**FAMILIES[name]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+def tokenizer() -> TextTokenizer:
+    options = build_options(lookup("tokenizer", "wordpiece"), {"vocab_size": 61}, "text.tokenizer")
+    return train_tokenizer("wordpiece", options, ["the old harbour of Izmir"])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folder_of_each_family_is_described_and_compared(name: str, tmp_path: Path) -> None:
+    findings = examine(hf_folder(name, tmp_path / "hf"))
+    fine = " | ".join(only(findings, "ok"))
+    assert only(findings, "error") == []
+    assert f"{name}; can be" in fine
+    assert "parameters of its parts: embedding 1952" in fine and "blocks 2 x " in fine
+    compared = "hidden states" if name == "BertModel" else "logits"
+    assert f"{compared} of {name} in transformers: relative error" in fine
+
+
+def test_special_ids_and_spare_rows_are_told(tmp_path: Path) -> None:
+    words = tokenizer()
+    save_model(tmp_path / "m", Bert.tiny(vocab_size=words.vocab_size + 3), words)
+    findings = examine(tmp_path / "m")
+    assert "special ids: pad 0 ([PAD]), unk 1 ([UNK]), mask 4 ([MASK])" in " | ".join(only(findings, "ok"))
+    assert any(f"{words.vocab_size + 3} rows in the embedding: 3 spare" in what for what in only(findings, "info"))
+    (tmp_path / "m" / "manifest.json").unlink()
+    config = storage.read_json(tmp_path / "m" / "config.json")
+    storage.write_json(tmp_path / "m" / "config.json", {**config, "pad_token_id": 2})
+    assert "config.json: pad_token_id is 2, the tokenizer's is 0" in only(examine(tmp_path / "m"), "warning")
+
+
+def test_a_model_that_computes_something_else_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = hf_folder("BertForMaskedLM", tmp_path / "hf")
+    monkeypatch.setattr(Gelu, "activation", staticmethod(torch.relu))
+    errors = only(examine(folder), "error")
+    assert len(errors) == 1 and errors[0].startswith("logits of BertForMaskedLM in transformers: relative error")
+
+
+def test_without_transformers_nothing_is_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_model(tmp_path / "m", Bert.tiny(position="rope"), None)
+    assert any("the model has no form in transformers" in what for what in only(examine(tmp_path / "m"), "info"))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert any("transformers is not installed" in what for what in only(examine(tmp_path / "m"), "info"))

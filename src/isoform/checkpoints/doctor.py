@@ -13,9 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torch.nn import ModuleList
+
 from isoform import machine, storage
-from isoform.checkpoints import folders, manifest, sources
+from isoform.checkpoints import folders, manifest, parity, sources
+from isoform.checkpoints.folders import LoadedModel
 from isoform.errors import IsoformError
+from isoform.text.tokenizers import TextTokenizer
 
 Level = Literal["ok", "info", "warning", "error"]
 LOW_DISK_BYTES = 2_000_000_000
@@ -38,9 +42,11 @@ def examine(path: str | Path | None = None) -> list[Finding]:
     folder = Path(path)
     if not folder.is_dir():
         try:
-            sources.resolve_model(path)
+            folder = sources.resolve_model(path)
         except IsoformError as error:
             return [Finding("error", str(error))]
+    if folder.is_file():
+        return _model(folder)
     findings = _leftovers(folder) + _pickles(folder)
     if (folder / "config.json").is_file():
         findings += _model(folder)
@@ -131,7 +137,7 @@ def _pickles(folder: Path) -> list[Finding]:
 
 
 def _model(folder: Path) -> list[Finding]:
-    """A model folder: hashes, unlisted files, and whether it loads, tokenizer included."""
+    """A model folder or file: hashes, unlisted files, whether it loads, what it is, and whether transformers agrees."""
     findings: list[Finding] = []
     if (folder / manifest.NAME).is_file():
         try:
@@ -151,9 +157,82 @@ def _model(folder: Path) -> list[Finding]:
         return [*findings, Finding("error", str(error))]
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
     findings.append(Finding("ok", f"{folder}: loads as {loaded.family}, {parameters} parameters"))
+    findings += _parts(loaded)
     if loaded.tokenizer is None:
         findings.append(Finding("warning", str(loaded.info["tokenizer"]), "copy the model's tokenizer.json there"))
-    return findings + _labels(folder, loaded.info["hf_config"])
+    else:
+        findings += _vocabulary(loaded.tokenizer, loaded)
+    return findings + _labels(folder, loaded.info["hf_config"]) + _parity(loaded, folder)
+
+
+def _parts(loaded: LoadedModel) -> list[Finding]:
+    """What the model is made of: its class in transformers, its config, the parameters of each part."""
+    hf_config = loaded.info["hf_config"]
+    named = ", ".join(hf_config.get("architectures") or ["no architecture named"])
+    sizes = {
+        name: sum(parameter.numel() for parameter in part.parameters()) for name, part in loaded.model.named_children()
+    }
+    blocks = [name for name, part in loaded.model.named_children() if isinstance(part, ModuleList)]
+    said = [
+        f"{name} {len(loaded.model.get_submodule(name))} x {size // len(loaded.model.get_submodule(name))}"
+        if name in blocks
+        else f"{name} {size}"
+        for name, size in sizes.items()
+        if size
+    ]
+    options = {name: value for name, value in loaded.config.model_dump(mode="json").items() if value is not None}
+    return [
+        Finding("ok", f"{hf_config.get('model_type')}, {named}; can be {', '.join(sorted(loaded.model.capabilities))}"),
+        Finding("ok", "config: " + ", ".join(f"{name} {_plain(value)}" for name, value in options.items())),
+        Finding("ok", "parameters of its parts: " + ", ".join(said)),
+    ]
+
+
+def _plain(value: Any) -> str:
+    """A component by its kind, with those of its options that are not off."""
+    if not isinstance(value, dict) or "kind" not in value:
+        return json.dumps(value)
+    rest = [f"{name} {item}" for name, item in value.items() if name != "kind" and item is not None]
+    return str(value["kind"]) + (f" ({', '.join(rest)})" if rest else "")
+
+
+def _vocabulary(tokenizer: TextTokenizer, loaded: LoadedModel) -> list[Finding]:
+    """Special ids, and whether every id has a row of the embedding and every row an id."""
+    ids = tokenizer.special_ids
+    rows = int(loaded.config.vocab_size)
+    said = ", ".join(f"{role} {index} ({tokenizer.special[role]})" for role, index in ids.items()) or "none"
+    findings = [Finding("ok", f"special ids: {said}")]
+    if tokenizer.vocab_size == rows:
+        findings.append(Finding("ok", f"{rows} tokens in the vocabulary, {rows} rows in the embedding"))
+    else:  # a larger vocabulary does not load
+        spare = rows - tokenizer.vocab_size
+        findings.append(
+            Finding(
+                "info", f"{tokenizer.vocab_size} tokens in the vocabulary, {rows} rows in the embedding: {spare} spare"
+            )
+        )
+    for role in ("bos", "eos", "pad", "cls", "sep", "mask"):
+        given = loaded.info["hf_config"].get(f"{role}_token_id")
+        if isinstance(given, int) and role in ids and given != ids[role]:
+            what = f"config.json: {role}_token_id is {given}, the tokenizer's is {ids[role]}"
+            findings.append(Finding("warning", what, "whoever generates or pads with that id uses another token"))
+    return findings
+
+
+def _parity(loaded: LoadedModel, folder: Path) -> list[Finding]:
+    """Whether transformers makes the same of the folder, where it is installed."""
+    reason = parity.why_not(loaded, folder)
+    if reason is not None:
+        return [Finding("info", f"not compared with transformers: {reason}")]
+    try:
+        found = parity.compare(loaded, folder)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        first_line = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        return [Finding("warning", f"transformers does not read {folder}: {first_line[:200]}")]
+    what = f"{' and '.join(found.compared)} of {found.theirs} in transformers: relative error {found.error:.1e}"
+    return [
+        Finding("ok" if found.agrees else "error", what, "" if found.agrees else "please report the folder's config")
+    ]
 
 
 def _labels(folder: Path, hf_config: dict[str, Any]) -> list[Finding]:

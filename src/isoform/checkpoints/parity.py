@@ -1,0 +1,134 @@
+"""Whether a model on disk gives here what transformers makes of the same folder.
+
+Random tokens in sequences of unlike length are read once by each: here end to end, there padded. Hidden states, and
+logits where the model has a head, are compared at real tokens.
+
+    error = |ours - theirs| / |theirs|        over all compared numbers, in float32
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from isoform.contracts import Batch, Sequences
+
+if TYPE_CHECKING:
+    from isoform.checkpoints.folders import LoadedModel
+
+LENGTHS = (7, 1, 12)
+# Largest error between two correct float32 programs of usual depth.
+TOLERANCE = 1e-4
+MAX_PARAMETERS = 500_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """The class of transformers that read the folder, what was compared, and the largest relative error."""
+
+    theirs: str
+    compared: tuple[str, ...]
+    error: float
+
+    @property
+    def agrees(self) -> bool:
+        return self.error < TOLERANCE
+
+
+def why_not(loaded: LoadedModel, folder: Path) -> str | None:
+    """Why a folder is not compared, or None."""
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        return "transformers is not installed; pip install 'isoform[hf]'"
+    size = sum(parameter.numel() for parameter in loaded.model.parameters())
+    if size > MAX_PARAMETERS:
+        return f"{size / 1e9:.1f} billion parameters would be in memory twice"
+    if str(loaded.info["hf_config"].get("model_type")).startswith("isoform-"):
+        return "the model has no form in transformers"
+    return None if folder.is_dir() else f"{folder.name} is no folder of transformers"
+
+
+def compare(loaded: LoadedModel, folder: Path) -> Parity:
+    """Reads the folder with transformers too and compares; `why_not` must have found nothing against it."""
+    theirs = _theirs(folder, loaded.info["hf_config"])
+    model = loaded.model.to(torch.float32).eval()
+    longest = model.max_positions or max(LENGTHS)
+    lengths = [min(length, longest) for length in LENGTHS]
+    batch = _batch(lengths, int(model.config.vocab_size), int(theirs.config.pad_token_id or 0))
+    ids, mask = _padded(batch)
+    real = mask.bool()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "encoder-decoder" in model.capabilities:
+        batch.source = batch
+        inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+    with torch.no_grad():
+        output = theirs(**inputs, output_hidden_states=True)
+        hidden = model(batch).hidden
+        pairs = {} if "logits" in output else {"hidden states": (hidden, output[0][real])}
+        scores = output.get("logits", output.get("prediction_logits"))
+        if scores is not None and scores.shape[-1] == model.config.vocab_size and scores.ndim == 3:
+            pairs["logits"] = (model.logits(hidden), scores[real])
+        elif scores is not None:
+            pairs["hidden states"] = (hidden, output.hidden_states[-1][real])
+    return Parity(type(theirs).__name__, tuple(pairs), max(relative_error(*pair) for pair in pairs.values()))
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    """|ours - theirs| / |theirs|, Euclidean norms over all numbers."""
+    return float((ours.double() - theirs.double()).norm() / theirs.double().norm())
+
+
+def _theirs(folder: Path, hf_config: dict[str, Any]) -> Any:
+    import transformers
+
+    named = next(iter(hf_config.get("architectures") or ["AutoModel"]))
+    cls = getattr(transformers, str(named), transformers.AutoModel)
+    with _quiet():
+        return cls.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+        ).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No warnings, logs or bars of transformers in between."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _batch(lengths: list[int], vocab_size: int, padding: int) -> Batch:
+    """Random tokens, none of them the padding."""
+    total = sum(lengths)
+    tokens = torch.randint(0, vocab_size, (total,), generator=torch.Generator().manual_seed(0))
+    return Batch(
+        tokens=torch.where(tokens == padding, (padding + 1) % vocab_size, tokens),
+        positions=torch.cat([torch.arange(length) for length in lengths]),
+        sequences=Sequences(lengths),
+        sample_keys=torch.arange(len(lengths)),
+    )
+
+
+def _padded(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Ids and mask `(b, t)`, padded on the right."""
+    lengths = list(batch.sequences.lengths)
+    ids = torch.nn.utils.rnn.pad_sequence(list(torch.split(batch.tokens, lengths)), batch_first=True)
+    return ids, (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
