@@ -63,6 +63,7 @@ def study(
     *,
     set: Sequence[str] = (),
     seeds: int | None = None,
+    jobs: int | None = None,
     out: str | Path | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
@@ -76,9 +77,23 @@ def study(
     values = _values(config, set, arms=True)
     if seeds is not None:
         values["seeds"] = seeds
+    if jobs is not None:
+        values["jobs"] = jobs
     folder = _folder(out, str(values.get("name", "study")))
-    results = carry_out(values, folder, command=_command("study", config, set, seeds, folder), quiet=quiet)
+    command = _command("study", config, set, seeds, folder)
+    results = carry_out(values, folder, command=command, quiet=quiet, say=_silent if quiet else _say)
     return {**results, "folder": str(folder)}
+
+
+def _say(line: str) -> None:
+    """A line for the person who waits."""
+    import sys
+
+    print(line, file=sys.stderr, flush=True)
+
+
+def _silent(line: str) -> None:
+    pass
 
 
 def _command(verb: str, config: Config, settings: Sequence[str], seeds: int | None, folder: Path) -> str:
@@ -151,18 +166,26 @@ def generate(
     model: str | Path,
     prompt: str,
     *,
-    temperature: float = 1.0,
+    chat: bool = False,
+    temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int = 0,
     max_new_tokens: int = 200,
 ) -> Iterator[str]:
-    """The prompt's continuation, piece by piece. temperature 0: greedy."""
+    """The prompt's continuation, piece by piece.
+
+    chat: the prompt is a message to a model with a chat template, what comes is its answer.
+    temperature: 0 is greedy; None: 1, or 0 in a chat.
+    """
     from isoform.evaluation.generate import Sampling
     from isoform.serving.use import continue_text, open_model
 
-    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
-    yield from continue_text(open_model(model), prompt, sampling=sampling, seed=seed, max_new_tokens=max_new_tokens)
+    chosen = (0.0 if chat else 1.0) if temperature is None else temperature
+    sampling = Sampling(temperature=chosen, top_k=top_k, top_p=top_p)
+    yield from continue_text(
+        open_model(model), prompt, chat=chat, sampling=sampling, seed=seed, max_new_tokens=max_new_tokens
+    )
 
 
 def load(path: str | Path) -> LoadedModel:

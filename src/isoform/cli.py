@@ -21,7 +21,7 @@ app = typer.Typer(
 )
 
 Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `isoform recipes`) or a YAML file.")]
-Model = Annotated[str, typer.Argument(help="A run folder, a model folder, or hf:owner/name[@revision].")]
+Model = Annotated[str, typer.Argument(help="A run, a model folder, a .gguf file, pkg:NAME or hf:owner/name.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a field; may be repeated.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: runs/NAME.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
@@ -48,6 +48,7 @@ def study(
     config: Recipe,
     settings: Settings = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds of every arm.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side, each with a share of the cores.")] = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -55,7 +56,7 @@ def study(
     import isoform
     from isoform.studies.terminal import print_study
 
-    values = isoform.study(config, set=settings or [], seeds=seeds, out=out, quiet=as_json)
+    values = isoform.study(config, set=settings or [], seeds=seeds, jobs=jobs, out=out, quiet=as_json)
     if as_json:
         _print_json(values)
         return
@@ -139,24 +140,33 @@ def _say_unknown(count: int) -> None:
 @app.command()
 def generate(
     model: Model,
-    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")] = "",
-    temperature: Annotated[float, typer.Option(min=0, help="0: greedy.")] = 1.0,
+    prompt: Annotated[str, typer.Option("--prompt", help="Text to continue, or with --chat a message.")] = "",
+    chat: Annotated[bool, typer.Option("--chat", help="Answer the prompt by the model's chat template.")] = False,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0: greedy. Default: 1, with --chat 0.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1)] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     as_json: Json = False,
 ) -> None:
-    """Continue a text, streaming."""
+    """Continue a text or answer a message, streaming."""
     import isoform
 
     pieces = isoform.generate(
-        model, prompt, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, max_new_tokens=max_new_tokens
+        model,
+        prompt,
+        chat=chat,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
     )
     if as_json:
         _print_json({"prompt": prompt, "text": "".join(pieces)})
         return
-    typer.echo(prompt, nl=False)
+    if not chat:
+        typer.echo(prompt, nl=False)
     for piece in pieces:
         typer.echo(piece, nl=False)
         sys.stdout.flush()

@@ -37,7 +37,8 @@ class LoadedModel:
     """A model with its tokenizer (None where the folder has none).
 
     info: `path`; `extra`, what `save_model` was given; `verified`, whether a manifest was there to check the files by;
-    `hf_config`, the config.json that was read; `tokenizer`, why there is no tokenizer.
+    `hf_config`, the config.json that was read; `tokenizer`, why there is no tokenizer; `generation`, the folder's
+    generation_config.json; `packed`, how many tensors of a .gguf file are packed in which way.
     """
 
     model: Any
@@ -157,6 +158,8 @@ def load_model(
     model = _filled(cls(config, seed=None), weights, str(folder), dtype, device)
     tokenizer, reason = _load_tokenizer(folder, config)
     info = {"path": str(folder), "extra": extra, "verified": verified, "hf_config": hf_config, "tokenizer": reason}
+    if (folder / "generation_config.json").is_file():
+        info["generation"] = read_object(folder / "generation_config.json")
     return LoadedModel(model, tokenizer, family, config, info)
 
 

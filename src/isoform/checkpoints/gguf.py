@@ -223,6 +223,7 @@ def _tokenizer(path: Path, fields: Mapping[str, Any]) -> tuple[TextTokenizer | N
                 for role, theirs in ROLES.items()
                 if get(f"{theirs}_token_id") is not None
             },
+            begins=bool(get("add_bos_token", False)),
         )
     except (DataError, ValueError, IndexError) as error:
         raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}") from None

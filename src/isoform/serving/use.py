@@ -16,7 +16,7 @@ import torch
 import yaml
 
 from isoform import machine
-from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.folders import LoadedModel, load_model
 from isoform.config import DataConfig, RunConfig, run_config
 from isoform.contracts import Document, Objective, Prompt
 from isoform.data.corpus import build_dataset
@@ -28,6 +28,7 @@ from isoform.evaluation.evaluate import Evaluation, evaluate
 from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, text_stream
 from isoform.registry import component
 from isoform.storage import json_line, locked, read_json, staged_file, write_json
+from isoform.text.chat import chat_tokens
 from isoform.text.tokenizers import TextTokenizer
 
 # Inputs that are answered together; more only cost memory.
@@ -45,6 +46,8 @@ class Opened:
     config: RunConfig
     device: torch.device
     autocast: Callable[[], AbstractContextManager[Any]]
+    stop: tuple[int, ...]
+    # ids that end a text
 
 
 def open_model(path: str | Path, *, precision: str | None = None, max_tokens: int | None = None) -> Opened:
@@ -70,7 +73,17 @@ def open_model(path: str | Path, *, precision: str | None = None, max_tokens: in
     def autocast() -> AbstractContextManager[Any]:
         return contextlib.nullcontext() if chosen == "fp32" else torch.autocast(device.type, torch.bfloat16)
 
-    return Opened(Path(path), loaded.model, loaded.tokenizer, objective, config, device, autocast)
+    return Opened(Path(path), loaded.model, loaded.tokenizer, objective, config, device, autocast, _stop(loaded))
+
+
+def _stop(loaded: LoadedModel) -> tuple[int, ...]:
+    """The ids that end a text: the tokenizer's `eos`, and those that the model's own files name."""
+    assert loaded.tokenizer is not None
+    named: list[Any] = [loaded.tokenizer.special_ids.get("eos")]
+    for table in (loaded.info["hf_config"], loaded.info.get("generation", {})):
+        ids = table.get("eos_token_id")
+        named += ids if isinstance(ids, list) else [ids]
+    return tuple(sorted({index for index in named if isinstance(index, int)}))
 
 
 def _run_of(path: Path) -> RunConfig | None:
@@ -196,20 +209,31 @@ def _prompt(opened: Opened, fields: Mapping[str, str]) -> Prompt:
 
 
 def continue_text(
-    opened: Opened, text: str, *, sampling: Sampling = GREEDY, seed: int = 0, max_new_tokens: int = 200
+    opened: Opened,
+    text: str,
+    *,
+    chat: bool = False,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    max_new_tokens: int = 200,
 ) -> Iterator[str]:
-    """The prompt's continuation, piece by piece."""
+    """The prompt's continuation, piece by piece; chat: the prompt is a person's message, what follows the answer.
+
+    Raises: ConfigError, DataError where the model cannot do it.
+    """
     if "bidirectional" in opened.model.capabilities:
         raise ConfigError(f"{opened.path}: an encoder, which reads a text from both sides and cannot continue one")
-    tokens = opened.tokenizer.encode(text)
     special = opened.tokenizer.special_ids
+    if chat:
+        tokens = chat_tokens(opened.tokenizer, [{"role": "user", "content": text}])
+    else:
+        tokens = np.array([*opened.tokenizer.first_ids, *opened.tokenizer.encode(text)], dtype=np.int32)
     if not len(tokens):
         start = special.get("bos", special.get("eos"))
         if start is None:
             raise ConfigError("--prompt: empty, and this tokenizer has no token to begin with; give some text")
         tokens = np.array([start], dtype=np.int32)
-    stop = tuple(special[role] for role in ("eos",) if role in special)
-    prompt = Prompt("prompt", tokens, stop, max_new_tokens, text)
+    prompt = Prompt("prompt", tokens, opened.stop, max_new_tokens, text)
     stream = generate_stream(
         opened.model,
         prompt,
@@ -217,7 +241,8 @@ def continue_text(
         seed=seed,
         max_new_tokens=max_new_tokens,
         device=opened.device,
-        autocast=opened.autocast,
+        # One token at a time is bound by reading the weights once, and autocast would convert all of them each time.
+        autocast=contextlib.nullcontext,
     )
     return text_stream(lambda ids: opened.tokenizer.decode(ids), stream)
 

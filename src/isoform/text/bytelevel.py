@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
 from isoform.errors import DataError
@@ -40,11 +40,13 @@ def byte_level(
     special: Sequence[str],
     whole: Sequence[str],
     roles: Mapping[str, str],
+    begins: bool = False,
 ) -> TextTokenizer:
     """The tokenizer whose token number i is `tokens[i]`.
 
     merges: `left right`, best first. split: a name of `SPLITS`. special, whole: tokens that no text is merged into, of
-    which the special ones are left out of decoded text. roles: `bos`, `eos` ... -> token.
+    which the special ones are left out of decoded text. roles: `bos`, `eos` ... -> token. begins: whether the model
+    reads every text with `bos` before it.
 
     Raises: DataError where the lists contradict each other or the rule is not known.
     """
@@ -76,4 +78,9 @@ def byte_level(
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in whole])
+    if begins and "bos" in roles:
+        begin = roles["bos"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=[begin, "$A"], special_tokens=[(begin, vocab[begin])]
+        )
     return TextTokenizer(backend, roles)

@@ -12,13 +12,14 @@ import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
 from isoform.errors import DataError
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     from isoform.contracts import IntArray
@@ -84,7 +85,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
     class Generation(Extension):
         """`{% generation %} ... {% endgeneration %}` marks what the model says; here it is only rendered."""
 
-        tags: ClassVar[set[str]] = {"generation"}
+        def __init__(self, environment: Environment) -> None:
+            super().__init__(environment)
+            self.tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)

@@ -77,6 +77,11 @@ class TextTokenizer:
         vocab = self.backend.get_vocab(with_added_tokens=True)
         return {role: vocab[token] for role, token in self.special.items()}
 
+    @cached_property
+    def first_ids(self) -> list[int]:
+        """Ids that a foreign model reads before every text; our own objectives place theirs themselves."""
+        return [index for index in self.backend.encode("").ids if index == self.special_ids.get("bos")]
+
     def fingerprint(self) -> str:
         """A hash of everything that decides ids."""
         return storage.fingerprint([self._description, self.special])
