@@ -104,12 +104,16 @@ class Prompt:
 
 
 class Sequences:
-    """Where the sequences of a ragged tensor begin and end; `derived` keeps index tensors that attention makes once."""
+    """Where the sequences of a ragged tensor begin and end; `derived` keeps index tensors that attention makes once.
 
-    __slots__ = ("derived", "lengths")
+    prefixes: how many tokens at the beginning of each sequence see one another even in a causal model; empty: none.
+    """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    __slots__ = ("derived", "lengths", "prefixes")
+
+    def __init__(self, lengths: Sequence[int], prefixes: Sequence[int] = ()) -> None:
         self.lengths: tuple[int, ...] = tuple(lengths)
+        self.prefixes: tuple[int, ...] = tuple(prefixes) if any(prefixes) else ()
         self.derived: dict[Any, Any] = {}
 
     @property
@@ -163,7 +167,7 @@ class Batch:
         return Batch(
             tokens=self.tokens.to(device, non_blocking=True),
             positions=self.positions.to(device, non_blocking=True),
-            sequences=Sequences(self.sequences.lengths),
+            sequences=Sequences(self.sequences.lengths, self.sequences.prefixes),
             sample_keys=self.sample_keys.to(device, non_blocking=True),
             targets=move(self.targets),
             segments=move(self.segments),

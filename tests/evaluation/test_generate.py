@@ -157,7 +157,7 @@ def gpt2():
     return GPT2.tiny(max_positions=24).double()
 
 
-@pytest.mark.parametrize("position", ["learned", "rope", "alibi"])
+@pytest.mark.parametrize("position", ["learned", "rope", "alibi", "t5"])
 def test_decoding_with_the_cache_equals_decoding_without(position) -> None:
     from isoform.models.gpt2 import GPT2
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from isoform.contracts import Sequences
 from isoform.layers import blockwise
 from isoform.layers.attention import attend, attend_dense, visibility
+from isoform.layers.blockwise import Relative
 
 RULES: list[dict[str, Any]] = [
     {"causal": True},
@@ -115,6 +116,98 @@ def test_other_devices_take_the_same_blocks(rule: dict[str, Any], groups: int, m
     monkeypatch.setattr(blockwise, "_has_flash", lambda states: False)
     assert_equal_with_gradients([5, 3, 17], [5, 3, 17], groups, rule)
     assert_equal_with_gradients([1, 2], [9, 20], groups, rule)
+
+
+# ----------------------------------------------------------------------------------------------------- learned scores
+
+
+def scores_by_distance(reach: int, heads: int = 4) -> Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(heads, 2 * reach + 1, generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+def assert_learned_equal(queries: list[int], keys: list[int], groups: int, rule: dict[str, Any], reach: int) -> None:
+    parts, values = states(queries, keys, groups), scores_by_distance(reach)
+    same = Sequences(queries)
+    sides = same, same if queries == keys else Sequences(keys)
+    relative = Relative(values)
+    # Two layers of one pass share the blocks; both gradients reach the table.
+    output = attend(*parts, *sides, relative=relative, **rule) + 2 * attend(*parts, *sides, relative=relative, **rule)
+    expected = 3 * reference(parts, queries, keys, relative=values, **rule)
+    weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    got = [output, *torch.autograd.grad((output * weight).sum(), (*parts, values))]
+    want = [expected, *torch.autograd.grad((expected * weight).sum(), (*parts, values))]
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("reach", [2, 50])
+@pytest.mark.parametrize("flash", [True, False])
+def test_learned_scores_equal_the_reference(
+    rule: dict[str, Any], groups: int, reach: int, flash: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not flash:
+        monkeypatch.setattr(blockwise, "_has_flash", lambda states: False)
+    assert_learned_equal([5, 3, 9, 17, 1], [5, 3, 9, 17, 1], groups, rule, reach)
+    assert_learned_equal([1, 1, 2], [5, 9, 20], groups, rule, reach)
+    assert_learned_equal([3, 40], [33, 41], groups, rule, reach)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_gradients_of_learned_scores_against_differences(causal: bool) -> None:
+    lengths = [3, 5]
+    parts, values = states(lengths, lengths, 2, heads=2, width=2), scores_by_distance(3, heads=2)
+
+    def run(query: Tensor, key: Tensor, value: Tensor, learned: Tensor) -> Tensor:
+        sequences = Sequences(lengths)
+        return attend(query, key, value, sequences, sequences, causal=causal, relative=Relative(learned))
+
+    assert torch.autograd.gradcheck(run, (*parts, values))
+
+
+def test_learned_scores_under_autocast_get_their_gradient() -> None:
+    lengths = [20, 33, 7]
+    query, key, value = (part.detach().float() for part in states(lengths, lengths, 4))
+    grads = []
+    for rough in (False, True):
+        values = scores_by_distance(8).detach().float().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=rough):
+            sequences = Sequences(lengths)
+            output = attend(query, key, value, sequences, sequences, causal=True, relative=Relative(values))
+        output.float().square().sum().backward()
+        assert values.grad is not None
+        grads.append(values.grad)
+    assert float((grads[0] - grads[1]).norm() / grads[0].norm()) < 0.03
+
+
+# ------------------------------------------------------------------------------------------------------------ prefixes
+
+
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule["causal"]])
+@pytest.mark.parametrize("groups", [4, 2])
+def test_tokens_of_a_prefix_see_one_another(rule: dict[str, Any], groups: int) -> None:
+    lengths, prefixes = [5, 3, 9, 17, 1], [2, 3, 0, 11, 0]
+    parts = states(lengths, lengths, groups)
+    sequences = Sequences(lengths, prefixes)
+    got = attend(*parts, sequences, sequences, **rule)
+    want, options = [], {key: value for key, value in rule.items() if key in ("slopes", "scale")}
+    for q, k, v, prefix in zip(*(part.split(lengths) for part in parts), prefixes, strict=True):
+        visible = visibility(len(q), len(q), causal=True, window=rule.get("window"), prefix=prefix)
+        want.append(attend_dense(q[None], k[None], v[None], visible[None], **options)[0])
+    weight = torch.randn(got.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    for a, b in zip(
+        [got, *torch.autograd.grad((got * weight).sum(), parts)],
+        [torch.cat(want), *torch.autograd.grad((torch.cat(want) * weight).sum(), parts)],
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_what_a_prefix_sees() -> None:
+    assert visibility(4, 4, causal=True, prefix=2).sum(dim=1).tolist() == [2, 2, 3, 4]
+    assert Sequences([4, 2], [0, 0]).prefixes == ()
 
 
 def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from isoform.errors import ConfigError
-from isoform.layers.position import Position, alibi_slopes, sinusoids
+from isoform.layers.position import Position, alibi_slopes, distance_buckets, sinusoids
 from isoform.registry import component, names
 
 
@@ -23,6 +24,7 @@ def make(kind: str, *, width: int = 32, heads: int = 4, max_positions: int | Non
 
 def test_every_scheme_acts_in_one_place() -> None:
     acts = {"none": set(), "learned": {"embed"}, "sinusoidal": {"embed"}, "rope": {"rotate"}, "alibi": {"slopes"}}
+    acts["t5"] = {"relative"}
     assert set(acts) <= set(names("position"))
     hidden, query, places = torch.randn(5, 32), torch.randn(5, 4, 8), torch.arange(5) + 1
     for kind, expected in acts.items():
@@ -36,6 +38,8 @@ def test_every_scheme_acts_in_one_place() -> None:
             found.add("rotate")
         if position.slopes() is not None:
             found.add("slopes")
+        if position.relative(causal=True) is not None:
+            found.add("relative")
         assert found == expected, kind
 
 
@@ -94,7 +98,23 @@ def test_waves() -> None:
     torch.testing.assert_close(sinusoids(torch.arange(200), 64, 1e4, 0.02 * 2**0.5).pow(2).mean().sqrt().item(), 0.02)
 
 
+@pytest.mark.parametrize(("buckets", "reach"), [(32, 128), (32, 1000), (8, 20), (6, 5), (12, 7)])
+@pytest.mark.parametrize("causal", [True, False])
+def test_buckets_of_distances_equal_transformers(buckets: int, reach: int, causal: bool) -> None:
+    distance = torch.arange(-2500, 2501)
+    expected = T5Attention._relative_position_bucket(-distance, not causal, buckets, reach)
+    assert torch.equal(distance_buckets(distance, buckets, reach, causal=causal), expected)
+    table = torch.arange(buckets).float()[:, None].repeat(1, 4)
+    position = make("t5", num_buckets=buckets, max_distance=reach)
+    position.load_state_dict({"table.weight": table})
+    found = position.relative(causal=causal)
+    assert found is not None
+    assert torch.equal(found[0, distance.clamp(-reach, reach) + reach], expected.float())
+
+
 def test_refusals() -> None:
+    with pytest.raises(ConfigError, match=r"model.position.max_distance: 16 given, more than half of num_buckets 32"):
+        make("t5", max_distance=16)
     with pytest.raises(ConfigError, match=r"model.max_positions: missing"):
         make("learned", max_positions=None)
     with pytest.raises(ConfigError, match=r"model.position.fraction: 0.1 of the head width 8 is 0 channels"):

@@ -1,6 +1,6 @@
 """Attention on ragged batches: `attend`, and `attend_dense`, the plain reference that it must agree with.
 
-    weights(i, j) = softmax over visible j of  scale q_i . k_j - slope |i - j|
+    weights(i, j) = softmax over visible j of  scale q_i . k_j - slope |i - j| + relative(i - j)
     output(i)     = sum over j of weights(i, j) v_j
 
 Letters: n query tokens, m key tokens, b sequences, t queries and s keys of a sequence, h heads, g key/value heads
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from isoform.contracts import Sequences
 from isoform.layers import blockwise
+from isoform.layers.blockwise import Relative
 from isoform.layers.dropout import DropoutSite
 
 
@@ -29,12 +30,14 @@ def attend(
     window: int | None = None,
     slopes: tuple[float, ...] | None = None,
     scale: float | None = None,
+    relative: Relative | None = None,
     dropout: DropoutSite | None = None,
 ) -> Tensor:
     """Attention of each sequence's queries over the same sequence's keys.
 
-    causal: no query sees a later key. window: causal, the last `window` tokens, its own among them; otherwise
-    `window // 2` tokens to each side. slopes `(h,)`: see ALiBi. scale: 1 / sqrt(k) unless given.
+    causal: no query sees a later key, but for tokens that both stand in the prefix of their sequence (`Sequences`).
+    window: causal, the last `window` tokens, its own among them; otherwise `window // 2` tokens to each side. slopes
+    `(h,)`: see ALiBi. relative: learned scores by distance, see T5. scale: 1 / sqrt(k) unless given.
 
     Shapes: query `(n, h, k)`, key and value `(m, g, k)` -> `(n, h, k)`.
     Source: Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023. Differs: nothing.
@@ -42,9 +45,10 @@ def attend(
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    rule = blockwise.Rule(causal, window, slopes, query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    rule = blockwise.Rule(causal, window, slopes, scale, relative is not None)
     plan = blockwise.plan(queries, keys, rule, query, key.shape[1])
-    return blockwise.attend(query, key, value, plan, rule, dropout)
+    return blockwise.attend(query, key, value, plan, rule, dropout, relative)
 
 
 def attend_dense(
@@ -55,10 +59,12 @@ def attend_dense(
     *,
     slopes: tuple[float, ...] | None = None,
     scale: float | None = None,
+    relative: Tensor | None = None,
 ) -> Tensor:
     """Attention of padded sequences under a mask, step by step as the formula says; queries end where keys end.
 
-    Shapes: query `(b, t, h, k)`, key and value `(b, s, g, k)`, visible bool `(b, t, s)` -> `(b, t, h, k)`.
+    Shapes: query `(b, t, h, k)`, key and value `(b, s, g, k)`, visible bool `(b, t, s)`, relative `(h, 2 r + 1)` as in
+    `Relative` -> `(b, t, h, k)`.
     """
     t, s = visible.shape[-2:]
     group = query.shape[2] // key.shape[2]
@@ -67,6 +73,9 @@ def attend_dense(
     if slopes is not None:
         slope = torch.tensor(slopes, dtype=scores.dtype, device=scores.device)[:, None, None]  # (h, 1, 1)
         scores = scores - slope * distance(t, s, scores.device).abs()
+    if relative is not None:
+        reach = relative.shape[1] // 2
+        scores = scores + relative[:, distance(t, s, scores.device).clamp(-reach, reach) + reach]  # (h, t, s)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
     return torch.einsum("bhts,bshk->bthk", scores.softmax(dim=-1), value)
 
@@ -77,11 +86,12 @@ def distance(t: int, s: int, device: torch.device) -> Tensor:
 
 
 def visibility(
-    t: int, s: int, *, causal: bool, window: int | None = None, device: torch.device | None = None
+    t: int, s: int, *, causal: bool, window: int | None = None, prefix: int = 0, device: torch.device | None = None
 ) -> Tensor:
-    """bool `(t, s)`: which key each query of one sequence may see."""
+    """bool `(t, s)`: which key each query of one sequence may see; the first `prefix` keys are seen by all."""
     ahead = distance(t, s, device or torch.device("cpu"))
     seen = ahead >= 0 if causal else torch.ones_like(ahead, dtype=torch.bool)
+    seen = seen | (torch.arange(s, device=ahead.device) < prefix)
     if window is not None:
-        seen = seen & ((ahead < window) if causal else (ahead.abs() <= window // 2))
+        seen = seen & ((ahead.abs() < window) if causal else (ahead.abs() <= window // 2))
     return seen

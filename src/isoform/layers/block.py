@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from isoform.contracts import Sequences
 from isoform.layers.attention import attend
+from isoform.layers.blockwise import Relative
 from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout
 from isoform.layers.init import linear
@@ -32,6 +33,14 @@ class Stream:
     dropout_keys: Tensor | None = None
     cache: KVCache | None = None
     router_logits: list[Tensor] = field(default_factory=list)
+    made: dict[bool, Relative | None] = field(default_factory=dict)
+
+    def relative(self, causal: bool) -> Relative | None:
+        """The position scheme's learned scores, one object for all layers of the pass."""
+        if causal not in self.made:
+            values = self.position.relative(causal=causal)
+            self.made[causal] = None if values is None else Relative(values)
+        return self.made[causal]
 
 
 class SelfAttention(nn.Module):
@@ -81,6 +90,7 @@ class SelfAttention(nn.Module):
             window=self.window,
             slopes=stream.position.slopes(),
             scale=self.scale,
+            relative=stream.relative(self.causal),
             dropout=self.dropout.on_weights(stream.dropout_keys),
         )
         output: Tensor = self.output(mixed.flatten(1))  # (n, h, k) -> (n, h k) -> (n, d)

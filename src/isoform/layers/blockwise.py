@@ -37,12 +37,13 @@ UNSEEN = -1e30
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Who sees whom, and how scores are made; see `attend`."""
+    """Who sees whom, and how scores are made; see `attend`. relative: whether a learned score is added."""
 
     causal: bool
     window: int | None
     slopes: tuple[float, ...] | None
     scale: float
+    relative: bool = False
 
 
 @dataclass(slots=True)
@@ -99,7 +100,7 @@ class Plan:
 
 def plan(queries: Sequences, keys: Sequences, rule: Rule, query: Tensor, groups: int) -> Plan:
     """The plan of a batch for query `(n, h, k)`, made once for all layers that share the rule."""
-    key = ("attend", str(query.device), query.dtype, keys.lengths, rule, query.shape[1], groups)
+    key = ("attend", str(query.device), query.dtype, keys.lengths, queries.prefixes, rule, query.shape[1], groups)
     if key not in queries.derived:
         queries.derived[key] = _make_plan(queries, keys, rule, query, groups)
     made: Plan = queries.derived[key]
@@ -110,16 +111,22 @@ def _make_plan(queries: Sequences, keys: Sequences, rule: Rule, query: Tensor, g
     assert len(queries) == len(keys), f"{len(queries)} sequences of queries, {len(keys)} of keys"
     heads, device = query.shape[1], query.device
     same = queries.lengths == keys.lengths
+    assert same or not queries.prefixes, "tokens that see one another are read at once"
     members = _members(queries, keys, heads, CPU_BLOCK_SCORES if device.type == "cpu" else BLOCK_SCORES)
     # A block has one distance for query i and key j: both sides begin at 0, or, lengths differing, both end at the end.
-    together = same or not (rule.causal or rule.window or rule.slopes)
+    together = same or not (rule.causal or rule.window or rule.slopes or rule.relative)
     query_side = _side(queries, members, heads, together, device)
     key_side = query_side if same and heads == groups else _side(keys, members, groups, together, device)
-    bias = [
-        _bias(take.shape[1], pad, rule, heads, groups, same).to(query.dtype)
-        for take, pad in zip(query_side.take, key_side.pad, strict=True)
+    prefixes = [
+        torch.tensor([queries.prefixes[row] for row in rows], device=device) if queries.prefixes else None
+        for rows in members
     ]
-    causal_alone = same and rule.causal and rule.window is None and rule.slopes is None and heads == groups
+    bias = [
+        _bias(take.shape[1], pad, rule, heads, groups, same, prefix).to(query.dtype)
+        for take, pad, prefix in zip(query_side.take, key_side.pad, prefixes, strict=True)
+    ]
+    plain = rule.window is None and rule.slopes is None and not rule.relative and not queries.prefixes
+    causal_alone = same and rule.causal and plain and heads == groups
     return Plan(query_side, key_side, bias, causal_alone, together)
 
 
@@ -161,14 +168,18 @@ def _side(sequences: Sequences, members: list[list[int]], heads: int, begin: boo
     return Side(heads, takes, pads, restore.flatten().to(device))
 
 
-def _bias(t: int, key_pad: Tensor, rule: Rule, heads: int, groups: int, same: bool) -> Tensor:
-    """What is added to a block's scores, `(1 or b, 1 or g, h/g t, s)` in float64."""
+def _bias(
+    t: int, key_pad: Tensor, rule: Rule, heads: int, groups: int, same: bool, prefix: Tensor | None
+) -> Tensor:
+    """What is added to a block's scores, `(1 or b, 1 or g, h/g t, s)` in float64; prefix `(b,)`: see `Sequences`."""
     s, device = key_pad.shape[1], key_pad.device
     ahead = torch.arange(s - t, s, device=device)[:, None] - torch.arange(s, device=device)  # (t, s)
-    unseen = ahead < 0 if rule.causal else torch.zeros_like(ahead, dtype=torch.bool)
+    unseen = (ahead < 0 if rule.causal else torch.zeros_like(ahead, dtype=torch.bool))[None]  # (1, t, s)
+    if prefix is not None:
+        unseen = unseen & (torch.arange(s, device=device) >= prefix[:, None, None])  # (b, t, s)
     if rule.window is not None:
-        unseen = unseen | ((ahead >= rule.window) if rule.causal else (ahead.abs() > rule.window // 2))
-    unseen = unseen[None, None, None]  # (1, 1, 1, t, s)
+        unseen = unseen | (ahead.abs() > (rule.window - 1 if rule.causal else rule.window // 2))
+    unseen = unseen[:, None, None]  # (1 or b, 1, 1, t, s)
     if not (same and rule.causal):  # there no query sees the padding after its sequence anyway
         unseen = unseen | key_pad[:, None, None, None]
     bias = torch.zeros(1, 1, 1, t, s, dtype=torch.float64, device=device)
@@ -180,7 +191,46 @@ def _bias(t: int, key_pad: Tensor, rule: Rule, heads: int, groups: int, same: bo
     return bias.expand(b, g, heads // groups, t, s).reshape(b, g, -1, s)
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, plan: Plan, rule: Rule, dropout: DropoutSite | None) -> Tensor:
+class Relative:
+    """Learned scores by distance `(h, 2 r + 1)`, and the blocks made from them in one forward pass.
+
+    Column r + d is what head x adds to the score of a key that stands d tokens before the query; a key farther away
+    than r, to either side, counts as r away. An object serves one pass: its blocks belong to that pass's gradient.
+    """
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+        self._made: dict[int, tuple[Plan, list[Tensor]]] = {}
+
+    def biases(self, plan: Plan) -> list[Tensor]:
+        """Of each block, `plan.bias` and the learned scores: `(1 or b, g, h/g t, s)`, once for all layers."""
+        if id(plan) not in self._made:
+            groups = plan.keys.heads
+            blocks = [
+                bias + self.block(take.shape[1], bias.shape[-1]).to(bias.dtype).reshape(groups, -1, bias.shape[-1])
+                for take, bias in zip(plan.queries.take, plan.bias, strict=True)
+            ]
+            self._made[id(plan)] = plan, blocks
+        return self._made[id(plan)][1]
+
+    def block(self, t: int, s: int) -> Tensor:
+        """`(h, t, s)` for t queries and s keys of which the last stand together."""
+        reach = self.values.shape[1] // 2
+        # Along every diagonal of the block the distance is the same: i - j + s - t = s - 1 - (t - 1 - i + j).
+        distance = torch.arange(s - 1, -t, -1, device=self.values.device)
+        line = self.values[:, distance.clamp(-reach, reach) + reach]  # (h, t + s - 1)
+        return line.unfold(1, s, 1).flip(1)
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    plan: Plan,
+    rule: Rule,
+    dropout: DropoutSite | None,
+    relative: Relative | None = None,
+) -> Tensor:
     """query `(n, h, k)`, key and value `(m, g, k)` -> `(n, h, k)`, block by block."""
     groups = plan.keys.heads
     blocks = []
@@ -188,7 +238,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, plan: Plan, rule: Rule, dr
         to_blocks(query, plan.queries),
         to_blocks(key, plan.keys),
         to_blocks(value, plan.keys),
-        plan.bias,
+        plan.bias if relative is None else relative.biases(plan),
         _drops(dropout, plan, query.dtype),
         strict=True,
     ):
@@ -226,7 +276,10 @@ def block_attention(
 
 
 class _Attention(torch.autograd.Function):
-    """With P the weights: dV = P^T dO, dS = P * (dO V^T - sum(dO * O)), dQ = scale dS K, dK = scale dS^T Q."""
+    """With P the weights: dV = P^T dO, dS = P * (dO V^T - sum(dO * O)), dQ = scale dS K, dK = scale dS^T Q.
+
+    The gradient of a learned bias is dS, summed where the bias was broadcast; torch's kernels do not give it.
+    """
 
     @staticmethod
     def forward(
@@ -243,13 +296,15 @@ class _Attention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, output, log_sum, drop = ctx.saved_tensors
-        if drop is None and q.dtype not in OWN_BACKWARD and _has_flash(q):
+        learned = ctx.needs_input_grad[3]
+        if drop is None and q.dtype not in OWN_BACKWARD and not learned and _has_flash(q):
             flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
             mask = None if ctx.causal else bias
             grads = flash_backward(grad, q, k, v, output, log_sum, 0.0, ctx.causal, attn_mask=mask, scale=ctx.scale)
             return *grads, None, None, None, None
         delta = (grad * output).sum(-1, keepdim=True).neg_()  # (b, g, t, 1)
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        dbias = None
         t, s = q.shape[2], k.shape[2]
         step = CAUSAL_ROWS if ctx.causal else t
         for start in range(0, t, step):
@@ -264,10 +319,12 @@ class _Attention(torch.autograd.Function):
                 kept = weights * drop[:, :, rows, seen]
                 dscores = (dout @ v[:, :, seen].transpose(2, 3)).mul_(drop[:, :, rows, seen]).add_(delta[:, :, rows])
             dscores.mul_(weights)
+            if learned:
+                dbias = dscores.sum_to_size(bias.shape)  # no bias is learned where rows are taken in steps
             dq[:, :, rows] = (dscores @ key).mul_(ctx.scale)
             dk[:, :, seen] += (dscores.transpose(2, 3) @ query).mul_(ctx.scale)
             dv[:, :, seen] += kept.transpose(2, 3) @ dout
-        return dq, dk, dv, None, None, None, None
+        return dq, dk, dv, dbias, None, None, None
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float, causal_alone: bool) -> tuple[Tensor, Tensor]:

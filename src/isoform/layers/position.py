@@ -1,10 +1,11 @@
-"""How a model knows the order of its tokens: learned, sinusoidal, rotary, linear biases, or not at all.
+"""How a model knows the order of its tokens: learned, sinusoidal, rotary, linear or learned biases, or not at all.
 
-A scheme acts at one of three places, and leaves the other two alone:
+A scheme acts at one of four places, and leaves the others alone:
 
     embed    something is added to the embeddings            learned, sinusoidal
     rotate   queries and keys are turned by their position   rope
     slopes   scores fall with the distance                   alibi
+    relative a learned score is added for each distance      t5
 
 A new scheme is one registered class here.
 """
@@ -52,6 +53,10 @@ class Position(nn.Module):
 
     def slopes(self) -> tuple[float, ...] | None:
         """`(h,)` by how much each head's scores fall per token of distance."""
+        return None
+
+    def relative(self, *, causal: bool) -> Tensor | None:
+        """`(h, 2 r + 1)` what each head adds to a score; column r + d: the key stands d tokens before the query."""
         return None
 
 
@@ -183,6 +188,44 @@ class Alibi(Position):
         return self.slope
 
 
+@register("position", "t5")
+class RelativeBias(Position):
+    """A learned score for each head and bucket of distances, the same in every layer.
+
+    score(i, j) = q_i . k_j / sqrt(k) + table[bucket(i - j), head]
+
+    Near distances have a bucket each, farther ones share buckets that widen with the logarithm, and from
+    `max_distance` on all share one. A causal layer uses every bucket for what lies before; any other uses half of them
+    for each side.
+    Shapes: table `(num_buckets, h)`.
+    Source: Raffel et al. 2020, section 2.1; HF `T5Attention._relative_position_bucket`. Differs: nothing; T5 itself
+    leaves out 1 / sqrt(k).
+    """
+
+    class Config(Options):
+        num_buckets: int = Field(32, ge=4, multiple_of=2)
+        max_distance: int = Field(128, gt=1)
+        # tokens from which on all distances are alike
+
+    def __init__(
+        self, config: Config, *, width: int, num_heads: int, head_width: int, max_positions: int | None
+    ) -> None:
+        super().__init__(config, width=width, num_heads=num_heads, head_width=head_width, max_positions=max_positions)
+        if config.max_distance <= config.num_buckets // 2:
+            raise ConfigError(
+                f"model.position.max_distance: {config.max_distance} given, more than half of num_buckets "
+                f"{config.num_buckets} is expected"
+            )
+        self.num_buckets, self.max_distance = config.num_buckets, config.max_distance
+        self.table = embedding(config.num_buckets, num_heads)
+
+    def relative(self, *, causal: bool) -> Tensor | None:
+        reach = self.max_distance
+        distance = torch.arange(-reach, reach + 1, device=self.table.weight.device)
+        scores: Tensor = self.table(distance_buckets(distance, self.num_buckets, reach, causal=causal))
+        return scores.t()  # (2 r + 1, h) -> (h, 2 r + 1)
+
+
 def sinusoids(positions: Tensor, width: int, base: float, amplitude: float) -> Tensor:
     """The waves of `Sinusoidal` at positions `(n,)`: float32 `(n, d)`."""
     angle = positions[:, None].float() * inverse_frequencies(width, base, positions.device)
@@ -208,3 +251,19 @@ def alibi_slopes(num_heads: int) -> list[float]:
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     more = [2 ** (-8 * (i + 1) / (2 * power)) for i in range(0, 2 * power, 2)]
     return slopes + more[: num_heads - power]
+
+
+def distance_buckets(distance: Tensor, num_buckets: int, max_distance: int, *, causal: bool) -> Tensor:
+    """The bucket of each distance, int64 of the same shape; positive: the key stands before the query.
+
+    Of m buckets a side the first m/2 hold one distance each; d > m/2 is in m/2 + floor(m/2 log(2 d/m) /
+    log(2 max_distance/m)), at most m - 1. The logarithm is taken in float32, as HF takes it.
+    """
+    side = num_buckets if causal else num_buckets // 2
+    offset = torch.zeros_like(distance) if causal else (distance < 0).long() * side
+    far = distance.clamp(min=0) if causal else distance.abs()
+    exact = side // 2
+    # Below `exact` the logarithm is not used; the clamp keeps it finite.
+    share = torch.log(far.clamp(min=exact).float() / exact) / math.log(max_distance / exact)
+    wide = exact + (share * (side - exact)).long()
+    return offset + torch.where(far < exact, far, wide.clamp(max=side - 1))

@@ -45,7 +45,7 @@ class GPT2(Decoder):
         max_positions: Positive | None = None
         # tokens; null: text.max_tokens
         position: Component = Field({"kind": "learned"})
-        # none | learned | sinusoidal | rope | alibi
+        # none | learned | sinusoidal | rope | alibi | t5
         norm: Component = Field({"kind": "layernorm"})
         # layernorm | rmsnorm
         feedforward: Component = Field({"kind": "gelu-tanh"})

@@ -27,7 +27,7 @@ def choose(config: Any) -> tuple[str | None, str | None]:
     """(model_type, None) where Hugging Face has a form for the model, else (None, the reason)."""
     position, norm, feedforward = (part["kind"] for part in (config.position, config.norm, config.feedforward))
     reasons = {
-        "position alibi": position == "alibi",
+        f"position {position}": position in ("alibi", "t5"),
         f"norm {norm}": norm != "layernorm",
         f"feedforward {feedforward}": feedforward not in ACTIVATIONS,
         "grouped heads": config.num_kv_heads not in (None, config.num_heads),
