@@ -14,7 +14,7 @@ from torch import Tensor
 from isoform.contracts import Sequences
 from isoform.layers import blockwise
 from isoform.layers.attention import attend, attend_dense, visibility
-from isoform.layers.blockwise import Relative
+from isoform.layers.relative import Relative
 
 RULES: list[dict[str, Any]] = [
     {"causal": True},

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from isoform.contracts import Sequences
 from isoform.layers import blockwise
-from isoform.layers.blockwise import Relative
 from isoform.layers.dropout import DropoutSite
+from isoform.layers.relative import Relative
 
 
 def attend(
@@ -48,7 +48,8 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rule = blockwise.Rule(causal, window, slopes, scale, relative is not None)
     plan = blockwise.plan(queries, keys, rule, query, key.shape[1])
-    return blockwise.attend(query, key, value, plan, rule, dropout, relative)
+    biases = None if relative is None else relative.biases(plan)
+    return blockwise.attend(query, key, value, plan, rule, dropout, biases)
 
 
 def attend_dense(

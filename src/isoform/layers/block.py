@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from isoform.contracts import Sequences
 from isoform.layers.attention import attend
-from isoform.layers.blockwise import Relative
 from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout
 from isoform.layers.init import linear
 from isoform.layers.moe import MixtureOfExperts
 from isoform.layers.position import Position
+from isoform.layers.relative import Relative
 
 
 @dataclass(frozen=True, slots=True)

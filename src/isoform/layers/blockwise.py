@@ -168,9 +168,7 @@ def _side(sequences: Sequences, members: list[list[int]], heads: int, begin: boo
     return Side(heads, takes, pads, restore.flatten().to(device))
 
 
-def _bias(
-    t: int, key_pad: Tensor, rule: Rule, heads: int, groups: int, same: bool, prefix: Tensor | None
-) -> Tensor:
+def _bias(t: int, key_pad: Tensor, rule: Rule, heads: int, groups: int, same: bool, prefix: Tensor | None) -> Tensor:
     """What is added to a block's scores, `(1 or b, 1 or g, h/g t, s)` in float64; prefix `(b,)`: see `Sequences`."""
     s, device = key_pad.shape[1], key_pad.device
     ahead = torch.arange(s - t, s, device=device)[:, None] - torch.arange(s, device=device)  # (t, s)
@@ -191,37 +189,6 @@ def _bias(
     return bias.expand(b, g, heads // groups, t, s).reshape(b, g, -1, s)
 
 
-class Relative:
-    """Learned scores by distance `(h, 2 r + 1)`, and the blocks made from them in one forward pass.
-
-    Column r + d is what head x adds to the score of a key that stands d tokens before the query; a key farther away
-    than r, to either side, counts as r away. An object serves one pass: its blocks belong to that pass's gradient.
-    """
-
-    def __init__(self, values: Tensor) -> None:
-        self.values = values
-        self._made: dict[int, tuple[Plan, list[Tensor]]] = {}
-
-    def biases(self, plan: Plan) -> list[Tensor]:
-        """Of each block, `plan.bias` and the learned scores: `(1 or b, g, h/g t, s)`, once for all layers."""
-        if id(plan) not in self._made:
-            groups = plan.keys.heads
-            blocks = [
-                bias + self.block(take.shape[1], bias.shape[-1]).to(bias.dtype).reshape(groups, -1, bias.shape[-1])
-                for take, bias in zip(plan.queries.take, plan.bias, strict=True)
-            ]
-            self._made[id(plan)] = plan, blocks
-        return self._made[id(plan)][1]
-
-    def block(self, t: int, s: int) -> Tensor:
-        """`(h, t, s)` for t queries and s keys of which the last stand together."""
-        reach = self.values.shape[1] // 2
-        # Along every diagonal of the block the distance is the same: i - j + s - t = s - 1 - (t - 1 - i + j).
-        distance = torch.arange(s - 1, -t, -1, device=self.values.device)
-        line = self.values[:, distance.clamp(-reach, reach) + reach]  # (h, t + s - 1)
-        return line.unfold(1, s, 1).flip(1)
-
-
 def attend(
     query: Tensor,
     key: Tensor,
@@ -229,16 +196,16 @@ def attend(
     plan: Plan,
     rule: Rule,
     dropout: DropoutSite | None,
-    relative: Relative | None = None,
+    biases: list[Tensor] | None = None,
 ) -> Tensor:
-    """query `(n, h, k)`, key and value `(m, g, k)` -> `(n, h, k)`, block by block."""
+    """query `(n, h, k)`, key and value `(m, g, k)` -> `(n, h, k)`, block by block; biases: other than the plan's."""
     groups = plan.keys.heads
     blocks = []
     for q, k, v, bias, drop in zip(
         to_blocks(query, plan.queries),
         to_blocks(key, plan.keys),
         to_blocks(value, plan.keys),
-        plan.bias if relative is None else relative.biases(plan),
+        plan.bias if biases is None else biases,
         _drops(dropout, plan, query.dtype),
         strict=True,
     ):
