@@ -75,3 +75,51 @@ class KVCache:
         if stored is not None:
             grown[:, : stored.shape[1]] = stored
         return grown
+
+
+class CrossCache:
+    """Keys and values of the encoder's states `(m, g, k)` in each layer of a decoder, made once for a source.
+
+    sequences: the sources, one a row; None before the first pass.
+    """
+
+    def __init__(self, num_layers: int) -> None:
+        self.sequences: Sequences | None = None
+        self.keys: list[Tensor | None] = [None] * num_layers
+        self.values: list[Tensor | None] = [None] * num_layers
+        self.rows: tuple[int, ...] | None = None
+
+    def select(self, rows: Sequence[int]) -> CrossCache:
+        """The sources of some of the rows, in the order given; where that changes no row, the same object."""
+        if self.sequences is None:
+            return self
+        # Beams of one source change places all the time, and read the same states afterwards.
+        origin = self.rows or tuple(range(len(self.sequences)))
+        chosen_rows = tuple(origin[row] for row in rows)
+        if chosen_rows == origin:
+            return self
+        device = next(key.device for key in self.keys if key is not None)
+        first, lengths = ragged.starts(self.sequences), self.sequences.lengths
+        index = torch.cat([torch.arange(first[row], first[row] + lengths[row]) for row in rows]).to(device)
+        chosen = CrossCache(len(self.keys))
+        chosen.sequences = Sequences([lengths[row] for row in rows])
+        chosen.keys = [None if key is None else key.index_select(0, index) for key in self.keys]
+        chosen.values = [None if value is None else value.index_select(0, index) for value in self.values]
+        chosen.rows = chosen_rows
+        return chosen
+
+
+class EncoderDecoderCache:
+    """What an encoder-decoder keeps while it decodes: its own tokens, and the source."""
+
+    def __init__(self, own: KVCache, source: CrossCache) -> None:
+        self.own, self.source = own, source
+
+    @property
+    def lengths(self) -> list[int]:
+        """Decoder tokens stored of each sequence."""
+        return self.own.lengths
+
+    def select(self, rows: Sequence[int]) -> EncoderDecoderCache:
+        """The cache of some of the sequences, in the order given; a row may be taken more than once."""
+        return EncoderDecoderCache(self.own.select(rows), self.source.select(rows))

@@ -1,7 +1,7 @@
 """The feed-forward layer of a block: plain, or gated.
 
 plain   down(act(up(x)))              gelu, gelu-tanh, relu, relu-squared
-gated   down(act(gate(x)) * up(x))    geglu, swiglu
+gated   down(act(gate(x)) * up(x))    geglu, geglu-tanh, swiglu
 """
 
 from __future__ import annotations
@@ -110,6 +110,15 @@ class Geglu(Gated):
     @staticmethod
     def activation(hidden: Tensor) -> Tensor:
         return F.gelu(hidden)
+
+
+@register("feedforward", "geglu-tanh")
+class GegluTanh(Gated):
+    """act(x) as in `gelu-tanh` on the gate: T5 v1.1's own form. Source: HF `gated-gelu` with `gelu_new`."""
+
+    @staticmethod
+    def activation(hidden: Tensor) -> Tensor:
+        return F.gelu(hidden, approximate="tanh")
 
 
 @register("feedforward", "swiglu")
