@@ -106,7 +106,7 @@ def test_buckets_of_distances_equal_transformers(buckets: int, reach: int, causa
     assert torch.equal(distance_buckets(distance, buckets, reach, causal=causal), expected)
     table = torch.arange(buckets).float()[:, None].repeat(1, 4)
     position = make("t5", num_buckets=buckets, max_distance=reach)
-    position.load_state_dict({"table.weight": table})
+    position.load_state_dict({"embedding.weight": table})
     found = position.relative(causal=causal)
     assert found is not None
     assert torch.equal(found[0, distance.clamp(-reach, reach) + reach], expected.float())

@@ -28,7 +28,7 @@ class CrossAttention(nn.Module):
 
     head_width: k, d / h unless given. scale: of the scores, 1 / sqrt(k) unless given.
 
-    Shapes: hidden `(n, d)`; query `(h k, d)`; key_value `(2 h k, d)`, rows in the order keys, values; output `(d, h k)`.
+    Shapes: hidden `(n, d)`; query `(h k, d)`; key_value `(2 h k, d)`, rows first of keys; output `(d, h k)`.
     Source: Vaswani et al. 2017, section 3.2.3. Differs: nothing.
     """
 

@@ -217,12 +217,12 @@ class RelativeBias(Position):
                 f"{config.num_buckets} is expected"
             )
         self.num_buckets, self.max_distance = config.num_buckets, config.max_distance
-        self.table = embedding(config.num_buckets, num_heads)
+        self.embedding = embedding(config.num_buckets, num_heads)
 
     def relative(self, *, causal: bool) -> Tensor | None:
         reach = self.max_distance
-        distance = torch.arange(-reach, reach + 1, device=self.table.weight.device)
-        scores: Tensor = self.table(distance_buckets(distance, self.num_buckets, reach, causal=causal))
+        distance = torch.arange(-reach, reach + 1, device=self.embedding.weight.device)
+        scores: Tensor = self.embedding(distance_buckets(distance, self.num_buckets, reach, causal=causal))
         return scores.t()  # (2 r + 1, h) -> (h, 2 r + 1)
 
 
