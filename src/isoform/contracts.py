@@ -72,7 +72,8 @@ class Sample:
     tokens: `(t,)` what the model reads; targets: `(t,)` what it should say at each place, `IGNORE` where nothing is
     asked (for a causal model already shifted: targets[i] is the token after tokens[i]).
     segments: `(t,)` segment ids where the family has them. label: a class, several classes or numbers of the sequence.
-    source: the encoder's sequence of an encoder-decoder. num_bytes: text bytes that the targets stand for.
+    source: the encoder's sequence of an encoder-decoder. prefix: how many of the first tokens see one another even in a
+    causal model. num_bytes: text bytes that the targets stand for.
     """
 
     id: str
@@ -83,13 +84,20 @@ class Sample:
     source: Sample | None = None
     weight: float = 1.0
     num_bytes: int = 0
+    prefix: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads, the source's among them."""
+        return len(self.tokens) + (0 if self.source is None else len(self.source.tokens))
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """What a generative evaluation gives to the model, and how its answer is read.
 
-    tokens: `(t,)`; stop: ids that end the answer; gold: the expected text or None where it is unknown.
+    tokens: `(t,)`; stop: ids that end the answer; gold: the expected text or None where it is unknown. source `(s,)`:
+    what an encoder reads; `tokens` is then what the decoder begins with. prefix: see `Sample`.
     """
 
     id: str
@@ -98,6 +106,8 @@ class Prompt:
     max_new_tokens: int
     text: str
     gold: str | None = None
+    source: IntArray | None = None
+    prefix: int = 0
 
 
 # ------------------------------------------------------------------------------------------------------------ batches
@@ -157,6 +167,17 @@ class Batch:
     num_filler: int = 0
     num_bytes: int = 0
     sample_ids: tuple[str, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model reads, filler and the source's among them."""
+        return self.sequences.num_tokens + (0 if self.source is None else self.source.sequences.num_tokens)
+
+    @property
+    def longest_tokens(self) -> int:
+        """The most tokens that one sequence and its source have together."""
+        sources = [0] * len(self.sequences) if self.source is None else self.source.sequences.lengths
+        return max((t + s for t, s in zip(self.sequences.lengths, sources, strict=True)), default=0)
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -242,7 +263,10 @@ class Source(Protocol):
 
 
 class Tokenizer(Protocol):
-    """Text to ids and back. Special tokens have names: unk, bos, eos, pad, mask, sep, cls; absent ones are None."""
+    """Text to ids and back. Special tokens have names: unk, bos, eos, pad, mask, sep, cls; absent ones are None.
+
+    sentinel_ids: ids of the tokens that stand for cut-out spans, `<extra_id_0>` first; empty where there are none.
+    """
 
     @property
     def kind(self) -> str: ...
@@ -252,6 +276,9 @@ class Tokenizer(Protocol):
 
     @property
     def special_ids(self) -> Mapping[str, int]: ...
+
+    @property
+    def sentinel_ids(self) -> Sequence[int]: ...
 
     def encode(self, text: str) -> IntArray:
         """Ids of the text alone: no special token is added, and text that looks like one is plain text."""

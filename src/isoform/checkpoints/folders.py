@@ -91,7 +91,7 @@ def disk_form(model: Any, tokenizer: Tokenizer | None) -> Form:
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     if tokenizer is not None:
         # What the model's own form says of an id (RoBERTa's positions hang on the padding's) is not the tokenizer's.
-        config = {**_special_ids(tokenizer), **config}
+        config = {**_special_ids(tokenizer, model), **config}
     return Form(config, weights, reason)
 
 
@@ -111,7 +111,7 @@ def write_files(
         tokenizer.save(folder)
         if model.capabilities & {"causal", "encoder-decoder"}:
             longest = {} if model.max_positions is None else {"max_length": model.max_positions}
-            storage.write_json(folder / "generation_config.json", {**_special_ids(tokenizer), **longest})
+            storage.write_json(folder / "generation_config.json", {**_special_ids(tokenizer, model), **longest})
     about = {
         "family": family_of(model),
         "config": model.config.model_dump(mode="json"),
@@ -127,9 +127,12 @@ def family_of(model: Any) -> str:
     return next(name for name in registry.names("model") if registry.lookup("model", name) is type(model))
 
 
-def _special_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
+def _special_ids(tokenizer: Tokenizer, model: Any) -> dict[str, int | None]:
     # An absent id is written as null: left out, transformers would assume the ids of the published model.
-    return {f"{name}_token_id": tokenizer.special_ids.get(name) for name in ("bos", "eos", "pad")}
+    ids = {f"{name}_token_id": tokenizer.special_ids.get(name) for name in ("bos", "eos", "pad")}
+    if "encoder-decoder" in model.capabilities:
+        ids["decoder_start_token_id"] = ids["pad_token_id"]
+    return ids
 
 
 # ------------------------------------------------------------------------------------------------------------ loading

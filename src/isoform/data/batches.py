@@ -15,11 +15,26 @@ from isoform.contracts import IGNORE, Batch, Sample, Sequences
 def collate(samples: Sequence[Sample], *, filler_to: int | None = None) -> Batch:
     """One batch. filler_to: round the number of tokens up to a multiple of this with one sequence that asks nothing.
 
+    Two streams have as many sequences: where one needs filler, both get some.
     Shapes: tokens, positions, targets (n,); sample_keys (b,).
     """
-    lengths = [len(sample.tokens) for sample in samples]
-    extra = -sum(lengths) % filler_to if filler_to else 0
-    lengths += [extra] if extra else []
+    sources = [sample.source for sample in samples if sample.source is not None]
+    extra, source_extra = _filler(samples, filler_to), _filler(sources, filler_to)
+    if sources and filler_to and (extra or source_extra):
+        extra, source_extra = extra or filler_to, source_extra or filler_to
+    batch = _stream(samples, extra)
+    batch.source = _stream(sources, source_extra) if sources else None
+    return batch
+
+
+def _filler(samples: Sequence[Sample], filler_to: int | None) -> int:
+    """Tokens that are missing to a multiple of `filler_to`."""
+    return -sum(len(sample.tokens) for sample in samples) % filler_to if filler_to else 0
+
+
+def _stream(samples: Sequence[Sample], extra: int) -> Batch:
+    """The samples' own tokens, and `extra` tokens of filler."""
+    lengths = [len(sample.tokens) for sample in samples] + [extra] * bool(extra)
     positions = np.concatenate([np.arange(length) for length in lengths])
     targets = None
     if samples[0].targets is not None:
@@ -27,7 +42,6 @@ def collate(samples: Sequence[Sample], *, filler_to: int | None = None) -> Batch
     segments = None
     if samples[0].segments is not None:
         segments = _join([sample.segments for sample in samples], extra, 0)
-    sources = [sample.source for sample in samples if sample.source is not None]
     weights = None
     if any(sample.weight != 1.0 for sample in samples):
         weights = torch.tensor([sample.weight for sample in samples] + [0.0] * bool(extra))
@@ -35,13 +49,12 @@ def collate(samples: Sequence[Sample], *, filler_to: int | None = None) -> Batch
     return Batch(
         tokens=_join([sample.tokens for sample in samples], extra, 0),
         positions=torch.from_numpy(positions),
-        sequences=Sequences(lengths),
+        sequences=Sequences(lengths, [sample.prefix for sample in samples] + [0] * bool(extra)),
         sample_keys=torch.tensor(keys, dtype=torch.int64),
         targets=targets,
         segments=segments,
         labels=_labels(samples),
         weights=weights,
-        source=collate(sources, filler_to=filler_to) if sources else None,
         num_filler=int(bool(extra)),
         num_bytes=sum(sample.num_bytes for sample in samples),
         sample_ids=tuple(sample.id for sample in samples),

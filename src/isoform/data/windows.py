@@ -37,7 +37,9 @@ class Windower:
         Raises: DataError where the document is too long and the policy is `refuse`.
         """
         ids = encoded.fields.get("text")
-        num_tokens = sum(map(len, encoded.token_fields))
+        # An encoder-decoder reads two sequences, each as long as the context.
+        together = max if "encoder-decoder" in self._objective.needs else sum
+        num_tokens = together(map(len, encoded.token_fields))
         if not self._windowed or ids is None:
             over = num_tokens - self._max_tokens
             if over > 0 and self._policy == "refuse":

@@ -191,13 +191,12 @@ def _token_batches(pool: Sequence[tuple[int, Sample]], batch_tokens: int) -> Ite
     """Samples of like length together, at most `batch_tokens` tokens a batch."""
     group: list[tuple[int, Sample]] = []
     size = 0
-    for index, sample in sorted(pool, key=lambda item: len(item[1].tokens)):
-        tokens = len(sample.tokens) + (0 if sample.source is None else len(sample.source.tokens))
-        if group and size + tokens > batch_tokens:
+    for index, sample in sorted(pool, key=lambda item: item[1].num_tokens):
+        if group and size + sample.num_tokens > batch_tokens:
             yield group
             group, size = [], 0
         group.append((index, sample))
-        size += tokens
+        size += sample.num_tokens
     if group:
         yield group
 
@@ -236,6 +235,9 @@ def _is_told(objective: Objective, encoded: Encoded, max_new_tokens: int | None)
     prompt, sample = _question(objective, encoded), _fixed_sample(objective, encoded)
     size = len(prompt.tokens)
     if sample.targets is None or not np.array_equal(sample.tokens[:size], prompt.tokens):
+        return False
+    read = None if sample.source is None else sample.source.tokens
+    if sample.prefix != prompt.prefix or not np.array_equal(read, prompt.source):
         return False
     answer, stop = sample.targets[size - 1 : -1], int(sample.targets[-1])
     limit = prompt.max_new_tokens if max_new_tokens is None else min(prompt.max_new_tokens, max_new_tokens)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from isoform.layers.block import SelfAttention
+from isoform.layers.cross import CrossAttention
 from isoform.layers.moe import ExpertLinear, MixtureOfExperts
 
 
@@ -30,11 +31,13 @@ def accounts(model: nn.Module, context_tokens: int) -> dict[str, int]:
     }
 
 
-def flops_per_token(model: nn.Module, context_tokens: int) -> tuple[int, int]:
+def flops_per_token(model: Any, context_tokens: int) -> tuple[int, int]:
     """Operations of a forward and a backward pass for one token of a sequence of `context_tokens`, on average.
 
     forward = 2 x (elements of every matrix that a token is multiplied with, the head among them)
             + 4 x h k x (tokens that a query sees, on average) in each layer, for scores and weighted values
+
+    Of an encoder-decoder: the mean over the tokens of a source and of a target, of `context_tokens` each.
 
     backward = 2 x forward: one product for the gradient of the input, one for that of the matrix.
     Counted: matrix products, a multiplication and an addition as two. Not counted: norms, activations, softmax, biases,
@@ -52,7 +55,14 @@ def flops_per_token(model: nn.Module, context_tokens: int) -> tuple[int, int]:
         for layer in model.modules()
         if isinstance(layer, SelfAttention)
     )
+    attention += sum(
+        4 * layer.num_heads * layer.head_width * context_tokens
+        for layer in model.modules()
+        if isinstance(layer, CrossAttention)
+    )
     forward = 2 * matrices + round(attention)
+    if "encoder-decoder" in model.capabilities:
+        forward //= 2
     return forward, 2 * forward
 
 

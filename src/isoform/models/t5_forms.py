@@ -47,9 +47,6 @@ def write_config(config: Any) -> tuple[dict[str, Any] | None, str | None]:
         "tie_word_embeddings": config.tied,
         # transformers 4 goes by the line above, transformers 5 by this one
         "scale_decoder_outputs": config.scaled,
-        "decoder_start_token_id": 0,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
     }, None
 
 

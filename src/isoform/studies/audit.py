@@ -74,7 +74,7 @@ def _future(layout: Layout, probes: Any) -> list[Row]:
     seeing: dict[int, tuple[str, list[str]]] = {}
     for arm in trained(layout):
         stage, probe = next(iter(probes.chain(arm).items()))
-        if "causal" in probe.run.model.capabilities:
+        if probe.run.model.capabilities & {"causal", "encoder-decoder"}:
             seeing.setdefault(id(probe), (stage, []))[1].append(arm)
     known = {id(probe): probe for arm in trained(layout) for probe in probes.chain(arm).values()}
     return [

@@ -20,7 +20,7 @@ from torch import Tensor
 from isoform import chance
 from isoform.checkpoints.folders import save_model
 from isoform.config import RunConfig
-from isoform.contracts import Batch, Ints, Sample
+from isoform.contracts import Batch, Ints, Sample, Sequences
 from isoform.data.batches import collate
 from isoform.data.plan import BatchPlan
 from isoform.storage import fingerprint
@@ -71,10 +71,10 @@ class Probe:
         longest = np.argsort(-self.plan.lengths, kind="stable")[:2]
         order = list(dict.fromkeys([*longest.tolist(), *self.plan.samples(0)[1][:2].tolist()]))
         samples = [self.sample(index) for index in order]
-        room = MAX_PROBE_TOKENS - len(samples[0].tokens)
+        room = MAX_PROBE_TOKENS - samples[0].num_tokens
         kept = samples[:1]
         for sample in samples[1:]:
-            room -= len(sample.tokens)
+            room -= sample.num_tokens
             if room >= 0:
                 kept.append(sample)
         return collate(kept)
@@ -203,8 +203,9 @@ def same_run(first: Probe, second: Probe) -> bool:
 
 
 def sees_future(probe: Probe) -> bool:
-    """Whether a model's earlier states change with later tokens."""
-    batch = probe.batch
+    """Whether a model's earlier states change with later tokens, beyond those that a prefix may see."""
+    batch = copy.copy(probe.batch)
+    batch.sequences = Sequences(batch.sequences.lengths)
     model: Any = probe.run.model
     lengths = torch.tensor(batch.sequences.lengths).repeat_interleave(torch.tensor(batch.sequences.lengths))
     with torch.no_grad():
@@ -243,7 +244,7 @@ def _same_samples(first: Probe, second: Probe) -> bool:
 def _key(sample: Sample) -> SampleKey:
     arrays = [sample.tokens, sample.targets, sample.segments]
     source = None if sample.source is None else _key(sample.source)
-    return (*(None if a is None else a.tobytes() for a in arrays), sample.label, sample.weight, source)
+    return (*(None if a is None else a.tobytes() for a in arrays), sample.label, sample.weight, sample.prefix, source)
 
 
 def _same_evaluation(first: Probe, second: Probe) -> bool:
@@ -266,7 +267,10 @@ def _asked(probe: Probe, split: str, index: int) -> SampleKey:
     encoded = probe.run.datasets[split][index]
     prompt = probe.run.objective.prompt(encoded)
     fields = {name: ids.tobytes() for name, ids in sorted(encoded.fields.items())}
-    return (str(fields), None if prompt is None else (prompt.tokens.tobytes(), prompt.stop, prompt.max_new_tokens))
+    if prompt is None:
+        return (str(fields), None)
+    source = None if prompt.source is None else prompt.source.tobytes()
+    return (str(fields), prompt.tokens.tobytes(), source, prompt.stop, prompt.max_new_tokens, prompt.prefix)
 
 
 def _same_outputs(first: Probe, second: Probe) -> bool:

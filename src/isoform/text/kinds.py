@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from isoform.registry import Options, register
-from isoform.text.tokenizers import TextTokenizer
+from isoform.text.tokenizers import TextTokenizer, sentinel
 
 Role = Literal["pad", "unk", "bos", "eos", "mask", "sep", "cls"]
 MAX_ALPHABET = 1000
@@ -40,6 +40,8 @@ class TokenizerOptions(Options):
     lowercase: bool = False
     special: tuple[Role, ...] = ()
     # roles that get a special token, in the order of their ids
+    sentinels: int = Field(0, ge=0)
+    # special tokens <extra_id_0> ... that stand for cut-out spans, after the others; t5-spans needs some, T5 has 100
 
     @field_validator("special")
     @classmethod
@@ -50,7 +52,11 @@ class TokenizerOptions(Options):
 
 
 def _angle_tokens(options: TokenizerOptions) -> dict[str, str]:
-    return {role: f"<{role}>" for role in options.special}
+    return {role: f"<{role}>" for role in options.special} | _sentinels(options)
+
+
+def _sentinels(options: TokenizerOptions) -> dict[str, str]:
+    return {sentinel(number): sentinel(number) for number in range(options.sentinels)}
 
 
 def _with_special(backend: Backend, special: dict[str, str]) -> TextTokenizer:
@@ -176,7 +182,7 @@ class WordPiece:
 
     @staticmethod
     def train(config: Config, texts: Iterable[str]) -> TextTokenizer:
-        special: dict[str, str] = {role: f"[{role.upper()}]" for role in config.special}
+        special: dict[str, str] = {role: f"[{role.upper()}]" for role in config.special} | _sentinels(config)
         backend = Backend(models.WordPiece(unk_token=special["unk"]))
         backend.normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
         backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()

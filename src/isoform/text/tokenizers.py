@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,6 +82,12 @@ class TextTokenizer:
     def first_ids(self) -> list[int]:
         """Ids that a foreign model reads before every text; our own objectives place theirs themselves."""
         return [index for index in self.backend.encode("").ids if index == self.special_ids.get("bos")]
+
+    @cached_property
+    def sentinel_ids(self) -> tuple[int, ...]:
+        """Ids of the special tokens `<extra_id_0>`, `<extra_id_1>` and so on, as far as they go."""
+        vocab = self.backend.get_vocab(with_added_tokens=True)
+        return tuple(vocab[token] for token in takewhile(vocab.__contains__, map(sentinel, count())))
 
     def fingerprint(self) -> str:
         """A hash of everything that decides ids."""
@@ -167,7 +174,7 @@ class TextTokenizer:
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of the ids of a byte-level tokenizer; special tokens are left out."""
         value = {character: byte for byte, character in byte_characters().items()}
-        special = set(self.special_ids.values())
+        special = {*self.special_ids.values(), *self.sentinel_ids}
         tokens = (self.backend.id_to_token(int(index)) or "" for index in ids if int(index) not in special)
         return bytes(value[character] for token in tokens for character in token)
 
@@ -210,6 +217,11 @@ class TextTokenizer:
             storage.write_text(folder / CHAT_TEMPLATE, self.chat_template)
 
 
+def sentinel(number: int) -> str:
+    """The special token that stands for the so-manieth cut-out span, as T5 spells it."""
+    return f"<extra_id_{number}>"
+
+
 def byte_characters() -> dict[int, str]:
     """Byte -> the printable character that stands for it in a byte-level vocabulary (Radford et al. 2019)."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
@@ -247,7 +259,7 @@ def train_tokenizer(kind: str, config: Any, texts: Iterable[str]) -> TextTokeniz
     Raises: DataError where the texts are empty.
     """
     tokenizer: TextTokenizer = lookup("tokenizer", kind, "text.tokenizer.kind").train(config, texts)
-    if tokenizer.vocab_size <= len(tokenizer.special):
+    if tokenizer.vocab_size <= len(tokenizer.special) + len(tokenizer.sentinel_ids):
         raise DataError("text.tokenizer: nothing to learn from; the training texts are empty")
     return tokenizer
 

@@ -70,9 +70,9 @@ class Feed:
         else:
             # A last batch smaller than the number of ranks: this rank joins in with a sample that asks for nothing.
             samples = [_silent(self._prepare(int(chosen[0]), epoch))]
-        sizes = np.array([len(sample.tokens) for sample in samples])
+        sizes = np.array([sample.num_tokens for sample in samples])
         groups = micro_batches(np.arange(len(samples)), sizes, self.micro_batch_tokens)
-        friendly = min(FRIENDLY_TOKENS, int(sizes.max()))
+        friendly = min(FRIENDLY_TOKENS, _longest(samples))
         batches = [collate([samples[i] for i in group], filler_to=friendly) for group in groups]
         dropout_key = chance.key64(self.seed, "dropout", step)
         counts: dict[str, float] = {}
@@ -99,6 +99,12 @@ class Feed:
     def _prepare(self, index: int, epoch: int) -> Sample:
         encoded = self.dataset[index]
         return self.objective.prepare(encoded, chance.generator(self.seed, "prepare", epoch, encoded.id))
+
+
+def _longest(samples: list[Sample]) -> int:
+    """The most tokens that one sequence has; of two streams, in the one that has less."""
+    streams = [samples, [sample.source for sample in samples if sample.source is not None]]
+    return min(max(len(sample.tokens) for sample in stream) for stream in streams if stream)
 
 
 def _silent(sample: Sample) -> Sample:

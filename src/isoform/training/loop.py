@@ -162,8 +162,8 @@ class Loop:
     def _smaller(self, step: GlobalStep, error: BaseException) -> GlobalStep:
         """The same step in half the micro-batch: memory runs out, the run stays the same."""
         self._clear()
-        largest = max(batch.tokens.numel() for batch in step.batches)
-        longest = max(batch.sequences.max_length for batch in step.batches)
+        largest = max(batch.num_tokens for batch in step.batches)
+        longest = max(batch.longest_tokens for batch in step.batches)
         if self.accelerator.num_processes > 1 or largest <= longest:
             raise OutOfMemoryError(
                 f"step {step.step + 1}: one sequence of {longest} tokens does not fit into memory; "

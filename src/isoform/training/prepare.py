@@ -107,13 +107,14 @@ def prepare(
     if loaded is None:
         assert family is not None
         model_options = {**options, "vocab_size": tokenizer.vocab_size}
-        model_options.setdefault("max_positions", max_tokens)
+        if "max_positions" in family.Config.model_fields:
+            model_options.setdefault("max_positions", max_tokens)
         if "padding_id" in family.Config.model_fields:
             model_options.setdefault("padding_id", tokenizer.special_ids.get("pad"))
         model_config = build_options(family, model_options, "model")
-        model, family_name = family(model_config, seed=config.seed), str(config.model["family"])
+        model = family(model_config, seed=config.seed)
     else:
-        model, model_config, family_name = loaded.model, loaded.config, loaded.family
+        model, model_config = loaded.model, loaded.config
     limit = model.max_positions
     if limit is not None and limit < max_tokens:
         raise ConfigError(f"text.max_tokens: {max_tokens} given, but the model has {limit} positions; lower it")
@@ -158,9 +159,10 @@ def _check_ability(config: RunConfig, objective: Objective, model: Any, family_n
     """What is asked of the model must be what its family does; known before any text is read."""
     missing = objective.needs - model.capabilities
     if missing:
+        able = [name for name in names("model") if objective.needs <= lookup("model", name).capabilities]
         raise ConfigError(
             f"objective.kind: {config.objective['kind']} needs a model that is {' and '.join(sorted(missing))}; "
-            f"{family_name} is {', '.join(sorted(model.capabilities))}"
+            f"{family_name} is {', '.join(sorted(model.capabilities))}; families that can: {', '.join(able) or 'none'}"
         )
 
 
