@@ -19,6 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "sinusoidal": {"position": "sinusoidal"},
     "rope": {"position": "rope"},
     "alibi": {"position": "alibi"},
+    "t5": {"position": "t5"},
     "window": {"window": 4, "position": "rope"},
     "rmsnorm, swiglu, untied": {"norm": "rmsnorm", "feedforward": "swiglu", "tied": False},
     "no segments": {"num_segments": 0},

@@ -236,8 +236,9 @@ def _is_told(objective: Objective, encoded: Encoded, max_new_tokens: int | None)
     size = len(prompt.tokens)
     if sample.targets is None or not np.array_equal(sample.tokens[:size], prompt.tokens):
         return False
-    read = None if sample.source is None else sample.source.tokens
-    if sample.prefix != prompt.prefix or not np.array_equal(read, prompt.source):
+    if sample.source is not None and not np.array_equal(sample.source.tokens, () if prompt.source is None else prompt.source):
+        return False
+    if sample.prefix != prompt.prefix:
         return False
     answer, stop = sample.targets[size - 1 : -1], int(sample.targets[-1])
     limit = prompt.max_new_tokens if max_new_tokens is None else min(prompt.max_new_tokens, max_new_tokens)

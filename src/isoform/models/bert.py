@@ -56,7 +56,7 @@ class Bert(nn.Module):
         num_segments: NonNegativeInt = 2
         # kinds of segment that a token may belong to (HF: token types); 0: no such table
         position: Component = Field({"kind": "learned"})
-        # none | learned | sinusoidal | rope | alibi
+        # none | learned | sinusoidal | rope | alibi | t5
         norm: Component = Field({"kind": "layernorm", "eps": 1e-12})
         # layernorm | rmsnorm
         feedforward: Component = Field({"kind": "gelu"})

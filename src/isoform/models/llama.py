@@ -50,7 +50,7 @@ class Llama(Decoder):
         max_positions: Positive | None = None
         # tokens; null: text.max_tokens
         position: Component = Field({"kind": "rope"})
-        # none | learned | sinusoidal | rope | alibi
+        # none | learned | sinusoidal | rope | alibi | t5
         norm: Component = Field({"kind": "rmsnorm"})
         # layernorm | rmsnorm
         feedforward: Component = Field({"kind": "swiglu"})
