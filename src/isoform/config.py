@@ -173,6 +173,22 @@ class Select(Section):
     split: str = "dev"
 
 
+class Beams(Section):
+    """Beam search: the best of several continuations that grow together. Source: HF `generate`."""
+
+    num_beams: Positive = 4
+    length_penalty: float = 1.0
+    # a finished answer's log-probability is divided by its tokens to this power: above 0 favours long answers
+    early_stopping: bool | Literal["never"] = False
+    # true: stop at num_beams finished answers; false: when a running one could not beat them at its present length;
+    # never: when it could not at any length
+
+
+def _beams(value: Any) -> Any:
+    """`beams: 4` means `beams: {num_beams: 4}`."""
+    return {"num_beams": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class EvaluateConfig(Section):
     """What is measured, on which splits, and how answers are generated."""
 
@@ -182,6 +198,8 @@ class EvaluateConfig(Section):
     # null: the objective's own
     batch_tokens: Positive = 32_768
     max_new_tokens: Positive = 64
+    beams: Annotated[Beams | None, BeforeValidator(_beams)] = None
+    # of generated answers: a number, or {num_beams, length_penalty, early_stopping}; null: greedy
     confidence: float = Field(0.95, gt=0, lt=1)
     max_predictions: Positive | None = None
     # rows kept in predictions.jsonl for each split; null: all

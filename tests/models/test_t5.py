@@ -266,7 +266,8 @@ def test_copies_of_the_embedding_in_old_checkpoints() -> None:
     ("changes", "message"),
     [
         ({"feed_forward_proj": "gated-mish"}, "feed_forward_proj 'gated-mish' is not known"),
-        ({"is_decoder": True}, "half a T5"),
+        ({"is_decoder": True}, "is_decoder is True, False is expected"),
+        ({"relative_attention_num_bucket": 16}, r"relative_attention_num_bucket is 16 and is not known .*_num_buckets"),
     ],
 )
 def test_forms_that_are_not_ours_are_refused(changes: dict[str, Any], message: str) -> None:

@@ -236,7 +236,9 @@ def _is_told(objective: Objective, encoded: Encoded, max_new_tokens: int | None)
     size = len(prompt.tokens)
     if sample.targets is None or not np.array_equal(sample.tokens[:size], prompt.tokens):
         return False
-    if sample.source is not None and not np.array_equal(sample.source.tokens, () if prompt.source is None else prompt.source):
+    if sample.source is not None and not np.array_equal(
+        sample.source.tokens, () if prompt.source is None else prompt.source
+    ):
         return False
     if sample.prefix != prompt.prefix:
         return False

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from isoform.errors import ConfigError
+from isoform.models.hf_config import expect, refuse_unknown
 from isoform.models.names import Place, Table
 
 # Ours -> theirs; the first is written, all are read. There `gated-gelu` means the form with tanh.
@@ -20,6 +21,15 @@ ACTIVATIONS = {
     "geglu": ("gated-gelu_python",),
     "swiglu": ("gated-silu", "gated-swish"),
 }
+
+
+# Fields of config.json that are followed, or that follow from others.
+_READ = """
+classifier_dropout d_ff d_kv d_model dense_act_fn dropout_rate feed_forward_proj initializer_factor is_decoder
+is_encoder_decoder is_gated_act layer_norm_epsilon n_positions num_decoder_layers num_heads num_layers output_past
+relative_attention_max_distance relative_attention_num_buckets scale_decoder_outputs tie_word_embeddings vocab_size
+"""
+READ = frozenset(_READ.split())
 
 
 def write_config(config: Any) -> tuple[dict[str, Any] | None, str | None]:
@@ -52,10 +62,9 @@ def write_config(config: Any) -> tuple[dict[str, Any] | None, str | None]:
 
 def read_config(given: Mapping[str, Any]) -> dict[str, Any]:
     """Our options from their config.json. Raises: ConfigError naming the field that our model cannot follow."""
-    if not given.get("is_encoder_decoder", True) or given.get("is_decoder", False):
-        raise ConfigError(
-            "config.json: half a T5 (is_encoder_decoder false or is_decoder true); a whole one is expected"
-        )
+    refuse_unknown(given, READ)
+    expect(given, "is_encoder_decoder", True)
+    expect(given, "is_decoder", False)
     # transformers 5 calls every head tied and tells v1.1 by this field; before, `tie_word_embeddings` told both.
     tied = given.get("tie_word_embeddings", True) is not False
     scaled = bool(given.get("scale_decoder_outputs", tied))
