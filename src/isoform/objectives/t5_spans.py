@@ -117,8 +117,10 @@ class T5Spans(TokenObjective):
         text = encoded.document.fields["text"] if encoded.document else self.tokenizer.decode(ids.tolist())
         pieces: list[IntArray | int] = []
         for index, piece in enumerate(SENTINEL.split(text)):
-            known = index % 2 and int(piece) < len(self.sentinels)
-            pieces.append(int(self.sentinels[int(piece)]) if known else self.tokenizer.encode(piece))
+            if index % 2 and int(piece) < len(self.sentinels):
+                pieces.append(int(self.sentinels[int(piece)]))
+            else:
+                pieces.append(self.tokenizer.encode(f"<extra_id_{piece}>" if index % 2 else piece))
         source = tokens_of(tokens_of(*pieces)[: self.max_tokens - 1], self.end)
         return Prompt(encoded.id, tokens_of(self.start), (self.end,), self.max_tokens, text, source=source)
 
