@@ -234,5 +234,5 @@ def test_an_empty_split_is_null_everywhere(model, tokenizer) -> None:
 
 def test_a_metric_that_needs_answers_is_refused_without_questions(model, tokenizer) -> None:
     objective, dataset = causal(tokenizer)
-    with pytest.raises(ConfigError, match="exact_match needs questions with known answers"):
+    with pytest.raises(ConfigError, match="metrics of answers need questions with known answers"):
         evaluate(model, objective, dataset, split="dev", metrics=["exact_match"])

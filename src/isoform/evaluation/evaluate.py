@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from isoform import chance
+from isoform.config import Beams
 from isoform.contracts import IGNORE, Encoded, Metric, Model, Objective, Prompt, Sample
 from isoform.errors import ConfigError
 from isoform.evaluation.generate import generate
-from isoform.evaluation.metrics import build_metrics, result_row
+from isoform.evaluation.metrics import Judge, build_metrics, result_row
 
 if TYPE_CHECKING:
     import torch
 
-# Columns that come from generated answers; every other one is a statistic of the objective.
-ANSWER_COLUMNS = frozenset({"correct", "examples"})
+# Columns that a greedy answer can be judged by without being generated.
+TOLD_COLUMNS = frozenset({"correct", "examples"})
 # Columns of texts whose tokens are hidden one at a time.
 PSEUDO_COLUMNS = frozenset({"pseudo_nats", "pseudo_tokens"})
 # Samples prepared at once: enough to batch like lengths together, few enough to stream.
@@ -56,6 +57,8 @@ class _Way:
     batch_tokens: int
     device: torch.device | str
     autocast: Callable[[], AbstractContextManager[Any]]
+    max_new_tokens: int | None
+    beams: Beams | None
 
 
 def evaluate(
@@ -67,6 +70,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     batch_tokens: int = 32_768,
     max_new_tokens: int | None = None,
+    beams: Beams | None = None,
     confidence: float = 0.95,
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
@@ -88,25 +92,25 @@ def evaluate(
     """
     chosen = build_metrics(objective.metrics if metrics is None else metrics)
     wanted = {column for metric in chosen for column in metric.columns}
-    way = _Way(model, batch_tokens, device, autocast)
+    judges = [metric for metric in chosen if isinstance(metric, Judge)]
+    answer_columns = {column for judge in judges for column in judge.columns}
+    greedy = beams is None or beams.num_beams == 1
+    tells = keep_predictions == 0 and greedy and bool(judges) and answer_columns <= TOLD_COLUMNS
+    way = _Way(model, batch_tokens, device, autocast, max_new_tokens, beams)
     mine = list(range(rank, len(dataset), world))
     rows: dict[int, dict[str, Any]] = {index: _empty_row(dataset[index], split) for index in mine}
     judged: set[int] = set()
     if wanted & PSEUDO_COLUMNS:
         for index, stats in _one_by_one(way, objective, dataset, mine):
             rows[index]["stats"].update(stats)
-    if wanted - ANSWER_COLUMNS - PSEUDO_COLUMNS or (wanted and keep_predictions == 0):
+    if wanted - answer_columns - PSEUDO_COLUMNS or tells:
         for index, stats in _likelihoods(way, objective, dataset, mine):
-            if (
-                keep_predictions == 0
-                and wanted & ANSWER_COLUMNS
-                and _is_told(objective, dataset[index], max_new_tokens)
-            ):
+            if tells and _is_told(objective, dataset[index], max_new_tokens):
                 stats |= {"correct": float(stats["correct_tokens"] == stats["tokens"]), "examples": 1.0}
                 judged.add(index)
             rows[index]["stats"].update({name: value for name, value in stats.items() if name in wanted})
-    if wanted & ANSWER_COLUMNS:
-        _answers(way, objective, dataset, {index: rows[index] for index in mine if index not in judged}, max_new_tokens)
+    if judges:
+        _answers(way, objective, dataset, {index: rows[index] for index in mine if index not in judged}, judges)
     gathered = sorted(gather(list(rows.items())))
     predictions = _distinct_ids([row for _, row in gathered])
     kept = predictions if keep_predictions is None else predictions[:keep_predictions]
@@ -209,9 +213,9 @@ def _answers(
     objective: Objective,
     dataset: Examples,
     rows: Mapping[int, dict[str, Any]],
-    max_new_tokens: int | None,
+    judges: Sequence[Judge],
 ) -> None:
-    """Generates the answer to every question, greedily, and writes what was asked, expected and said into the rows."""
+    """Generates the answer to every question, and writes what was asked, expected and said into the rows."""
     indices = list(rows)
     for first in range(0, len(indices), POOL_SAMPLES):
         some = indices[first : first + POOL_SAMPLES]
@@ -219,7 +223,8 @@ def _answers(
         generations = generate(
             way.model,
             prompts,
-            max_new_tokens=max_new_tokens,
+            beams=way.beams,
+            max_new_tokens=way.max_new_tokens,
             batch_tokens=way.batch_tokens,
             device=way.device,
             autocast=way.autocast,
@@ -227,7 +232,8 @@ def _answers(
         for index, prompt, generation in zip(some, prompts, generations, strict=True):
             said = objective.tokenizer.decode(generation.tokens)
             rows[index].update(input=prompt.text, gold=prompt.gold, prediction=said)
-            rows[index]["stats"].update(correct=float(said == prompt.gold), examples=1.0)
+            for judge in judges:
+                rows[index]["stats"].update(judge.judge(said, prompt.gold or ""))
 
 
 def _is_told(objective: Objective, encoded: Encoded, max_new_tokens: int | None) -> bool:
@@ -257,7 +263,7 @@ def _question(objective: Objective, encoded: Encoded) -> Prompt:
     prompt = objective.prompt(encoded)
     if prompt is None or prompt.gold is None:
         raise ConfigError(
-            "evaluate.metrics: exact_match needs questions with known answers, which this objective does not ask; "
+            "evaluate.metrics: metrics of answers need questions with known answers; this objective asks none; "
             f"its metrics: {', '.join(objective.metrics)}"
         )
     return prompt

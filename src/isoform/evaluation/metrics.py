@@ -1,19 +1,27 @@
 """Metrics made from additive statistics of examples, so that they stream, shard, pair and bootstrap.
 
 Each example contributes one number a column: nats, tokens, bytes, correct_tokens, correct, examples, pseudo_nats,
-pseudo_tokens. A metric is a function of the columns' sums; it knows nothing of models.
+pseudo_tokens. A metric is a function of the columns' sums; it knows nothing of models. One that judges generated answers
+makes its own columns.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
 
 from isoform.contracts import Floats, Metric
 from isoform.registry import lookup, register
+
+
+@runtime_checkable
+class Judge(Metric, Protocol):
+    """A metric of generated answers: `judge` gives the columns of one example, from what was said and expected."""
+
+    def judge(self, said: str, gold: str) -> dict[str, float]: ...
 
 
 @register("metric", "loss")
@@ -115,6 +123,9 @@ class ExactMatch:
     columns: ClassVar[tuple[str, ...]] = ("correct", "examples")
     mean_column: ClassVar[str | None] = "correct"
     unit: ClassVar[str] = "fraction"
+
+    def judge(self, said: str, gold: str) -> dict[str, float]:
+        return {"correct": float(said == gold), "examples": 1.0}
 
     def value(self, sums: Mapping[str, Any]) -> Any:
         return ratio(sums["correct"], sums["examples"])

@@ -133,6 +133,7 @@ def score(
         metrics=metrics or settings.metrics,
         batch_tokens=settings.batch_tokens,
         max_new_tokens=settings.max_new_tokens,
+        beams=settings.beams,
         confidence=settings.confidence,
         device=opened.device,
         autocast=opened.autocast,
@@ -191,6 +192,7 @@ def _answers(opened: Opened, texts: list[str]) -> Iterator[Answer]:
         opened.model,
         prompts,
         max_new_tokens=opened.config.evaluate.max_new_tokens,
+        beams=opened.config.evaluate.beams,
         device=opened.device,
         autocast=opened.autocast,
     )

@@ -112,9 +112,9 @@ def prepare(
         if "padding_id" in family.Config.model_fields:
             model_options.setdefault("padding_id", tokenizer.special_ids.get("pad"))
         model_config = build_options(family, model_options, "model")
-        model = family(model_config, seed=config.seed)
+        model, family_name = family(model_config, seed=config.seed), str(config.model["family"])
     else:
-        model, model_config = loaded.model, loaded.config
+        model, model_config, family_name = loaded.model, loaded.config, loaded.family
     limit = model.max_positions
     if limit is not None and limit < max_tokens:
         raise ConfigError(f"text.max_tokens: {max_tokens} given, but the model has {limit} positions; lower it")

@@ -261,6 +261,7 @@ def _score(run: Prepared, model: Any, split: str, *, keep_predictions: bool = Fa
         metrics=settings.metrics,
         batch_tokens=settings.batch_tokens,
         max_new_tokens=settings.max_new_tokens,
+        beams=settings.beams,
         confidence=settings.confidence,
         device=run.device,
         autocast=lambda: autocast(run.precision, run.device),
