@@ -13,6 +13,7 @@ KINDS = {
     "relu": ("relu", False),
     "relu-squared": ("relu2", False),
     "geglu": ("gelu", True),
+    "geglu-tanh": ("gelu_new", True),
     "swiglu": ("silu", True),
 }
 

@@ -1,8 +1,8 @@
 """Metrics made from additive statistics of examples, so that they stream, shard, pair and bootstrap.
 
 Each example contributes one number a column: nats, tokens, bytes, correct_tokens, correct, examples, pseudo_nats,
-pseudo_tokens. A metric is a function of the columns' sums; it knows nothing of models. One that judges generated answers
-makes its own columns.
+pseudo_tokens. A metric is a function of the columns' sums; it knows nothing of models. One that judges generated
+answers makes its own columns.
 """
 
 from __future__ import annotations
