@@ -39,9 +39,7 @@ class Prefix(TokenObjective):
     metrics: tuple[str, ...] = ("loss", "perplexity", "token_accuracy")
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        super().__init__(config, tokenizer, max_tokens)
         self.causal = Causal(Causal.Config(bos=config.bos, eos=config.eos), tokenizer, max_tokens)
         self.window_tokens = self.causal.window_tokens
 

@@ -64,9 +64,7 @@ class T5Spans(TokenObjective):
     def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
         if max_tokens < 4:
             raise ConfigError(f"text.max_tokens: {max_tokens} given, t5-spans needs at least 4")
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
+        super().__init__(config, tokenizer, max_tokens)
         self.window_tokens = input_and_target_lengths(max_tokens, config.noise_fraction, config.mean_span_tokens).window
 
     @cached_property

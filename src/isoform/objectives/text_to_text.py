@@ -7,7 +7,7 @@ from functools import cached_property
 
 import numpy as np
 
-from isoform.contracts import Document, Encoded, IntArray, Ints, Prompt, Sample, Tokenizer
+from isoform.contracts import Document, Encoded, IntArray, Ints, Prompt, Sample
 from isoform.errors import DataError
 from isoform.objectives.crossentropy import TokenObjective
 from isoform.objectives.fields import place, required_text, special_id, tokens_of
@@ -41,12 +41,6 @@ class TextToText(TokenObjective):
     stochastic: bool = False
     windowed: bool = False
     metrics: tuple[str, ...] = ("exact_match", "loss", "token_accuracy")
-
-    def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
-        self.config = config
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.window_tokens = max_tokens
 
     @cached_property
     def start(self) -> int:
