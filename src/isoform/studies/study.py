@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,8 @@ from isoform.studies.layout import Layout, StageRun, config_differences
 from isoform.studies.outside import read_results
 from isoform.studies.report import write_report
 from isoform.studies.statistics import Comparison, Scores, compare, decide, interval_over_seeds, load_scores
-from isoform.training.run import score_as_is, sources_fingerprint, train
-
-Say = Callable[[str], None]
+from isoform.studies.workers import Say, carry_out, num_jobs
+from isoform.training.run import sources_fingerprint
 
 
 def study(
@@ -56,8 +54,14 @@ def study(
         )
         planned = audit.before(layout)
         _refuse(planned)
-        layout.chosen, tuning = _tune(layout, folder, quiet, say)
-        _train_all(layout, folder, quiet, say)
+        jobs = num_jobs(config.jobs, sum(1 for _ in layout.all()))
+        record["jobs"] = jobs
+
+        def train_missing(runs: Sequence[StageRun], note: str = "") -> None:
+            carry_out(runs, folder, layout.precision, jobs=jobs, quiet=quiet, say=say, note=note)
+
+        layout.chosen, tuning = _tune(layout, folder, train_missing)
+        train_missing(list(layout.all()))
         record["seconds"] = float(record.get("seconds", 0.0)) + time.monotonic() - began
         record["finished"] = _now()
         write_json(folder / "manifest.json", record)
@@ -72,7 +76,7 @@ def _record(folder: Path, config: StudyConfig, command: str) -> dict[str, Any]:
     """The study's manifest: precision and machine are chosen once and kept by every resume."""
     path = folder / "manifest.json"
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-    key = fingerprint(config.model_dump(mode="json"))
+    key = fingerprint(config.model_dump(mode="json", exclude={"jobs"}))
     if path.exists():
         record: dict[str, Any] = read_json(path)
         if record["fingerprint"] == key:
@@ -105,7 +109,7 @@ def _refuse(rows: list[dict[str, Any]]) -> None:
 
 
 def _tune(
-    layout: Layout, folder: Path, quiet: bool, say: Say
+    layout: Layout, folder: Path, train_missing: Callable[[Sequence[StageRun], str], None]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
     """Each arm's best setting on its selection split, by the first seed."""
     chosen: dict[str, dict[str, Any]] = {}
@@ -113,14 +117,17 @@ def _tune(
     for arm, options in layout.arms():
         if not options.tune:
             continue
-        rows: list[dict[str, Any]] = []
-        for combination in itertools.product(*options.tune.values()):
-            setting = dict(zip(options.tune, combination, strict=True))
-            chain = layout.chain(arm, layout.seeds[0], setting)
-            for run in chain:
-                _train_stage(run, folder, layout, quiet, say, note=f"trial {setting}")
-            rows.append({"setting": setting, "value": _selected_value(chain[-1], folder)})
-        select = layout.chain(arm, layout.seeds[0], rows[0]["setting"])[-1].config.train.select
+        settings = [
+            dict(zip(options.tune, combination, strict=True))
+            for combination in itertools.product(*options.tune.values())
+        ]
+        chains = [layout.chain(arm, layout.seeds[0], setting) for setting in settings]
+        train_missing([run for chain in chains for run in chain], f"trials of {arm}: ")
+        rows: list[dict[str, Any]] = [
+            {"setting": setting, "value": _selected_value(chain[-1], folder)}
+            for setting, chain in zip(settings, chains, strict=True)
+        ]
+        select = chains[0][-1].config.train.select
         sign = 1 if lookup("metric", select.metric).higher_is_better else -1
         best = max(rows, key=lambda row: -math.inf if row["value"] is None else sign * row["value"])
         for row in rows:
@@ -144,27 +151,6 @@ def _selected_value(run: StageRun, folder: Path) -> float | None:
     if not values:
         return None
     return max(values) if lookup("metric", select.metric).higher_is_better else min(values)
-
-
-def _train_all(layout: Layout, folder: Path, quiet: bool, say: Say) -> None:
-    runs = list(layout.all())
-    for number, run in enumerate(runs, 1):
-        _train_stage(run, folder, layout, quiet, say, note=f"{number} of {len(runs)}")
-
-
-def _train_stage(run: StageRun, folder: Path, layout: Layout, quiet: bool, say: Say, note: str) -> None:
-    target = folder / run.folder
-    manifest = target / "manifest.json"
-    if manifest.exists() and read_json(manifest).get("complete"):
-        return
-    say(f"{run.stage} of {run.arm}, seed {run.seed} ({note})")
-    start = None if run.parent is None else folder / run.parent.folder / "final"
-    if run.trains:
-        train(run.config, target, resume=True, start=start, precision=layout.precision, quiet=quiet)
-    else:
-        score_as_is(run.config, target, precision=layout.precision)
-    # A finished stage is never resumed: its optimiser states would only fill the disk.
-    shutil.rmtree(target / "checkpoints", ignore_errors=True)
 
 
 # ---------------------------------------------------------------------------------- conclusions
