@@ -278,6 +278,8 @@ class StudyConfig(Section):
     seeds: Positive = 3
     seed: int = Field(0, ge=0)
     # the first of the seeds, shared by all arms
+    jobs: Positive | Literal["auto"] = 1
+    # runs side by side, each with its share of the cores; auto: one a core
     compare: Compare
     questions: list[Question] = []
 
