@@ -23,6 +23,7 @@ from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout, name_sites, token_keys
 from isoform.layers.init import embedding, initialize, linear
 from isoform.models import bert_forms, encoder
+from isoform.models.border import dense_logits
 from isoform.registry import Options, build_options, component, lookup, register
 
 
@@ -179,7 +180,7 @@ class Bert(nn.Module):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
     ) -> Tensor:
         """The call that people know: padded `(b, t)` -> logits `(b, t, v)`, zero at padding."""
-        return encoder.dense_logits(self, input_ids, attention_mask, token_type_ids)
+        return dense_logits(self, input_ids, attention_mask, token_type_ids)
 
     @classmethod
     def hf_form(cls, config: Any) -> tuple[dict[str, Any] | None, str | None]:

@@ -18,6 +18,7 @@ from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout, token_keys
 from isoform.layers.position import Position
 from isoform.models import names
+from isoform.models.border import dense_logits
 from isoform.registry import build_options
 
 
@@ -104,14 +105,7 @@ class Decoder(nn.Module):
 
     def dense(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The call that people know: padded ids and mask `(b, t)` -> logits `(b, t, v)`, zero at padding."""
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        real = mask.bool()
-        sequences = Sequences(real.sum(dim=1).tolist())
-        positions = (real.cumsum(dim=1) - 1)[real]
-        keys = torch.arange(len(input_ids), device=input_ids.device)
-        output = self(Batch(input_ids[real], positions, sequences, keys))
-        logits = self.logits(output.hidden)
-        return logits.new_zeros(*input_ids.shape, logits.shape[-1]).masked_scatter(real[..., None], logits)
+        return dense_logits(self, input_ids, attention_mask)
 
     # ------------------------------------------------------------------------------------------------- Hugging Face
 

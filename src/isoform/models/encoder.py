@@ -1,4 +1,4 @@
-"""What the encoder families share: the head that guesses masked tokens, the dense call, and the way to Hugging Face."""
+"""What the encoder families share: the head that guesses masked tokens, and the way to Hugging Face."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from isoform.contracts import Batch, Sequences
+from isoform.contracts import Sequences
 from isoform.errors import ConfigError
 from isoform.layers.init import linear
 from isoform.models import names
@@ -49,23 +49,6 @@ class MaskedHead(nn.Module):
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         table = embedding if self.table is None else self.table.weight
         return F.linear(self.norm(self.activation(self.dense(hidden))), table, self.bias)
-
-
-def dense_logits(
-    model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-) -> Tensor:
-    """The call that people know: padded ids, mask and types `(b, t)` -> logits `(b, t, v)`, zero at padding."""
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-    real = mask.bool()
-    batch = Batch(
-        tokens=input_ids[real],
-        positions=(real.cumsum(dim=1) - 1)[real],
-        sequences=Sequences(real.sum(dim=1).tolist()),
-        sample_keys=torch.arange(len(input_ids), device=input_ids.device),
-        segments=None if token_type_ids is None else token_type_ids[real],
-    )
-    logits: Tensor = model.logits(model(batch).hidden)
-    return logits.new_zeros(*input_ids.shape, logits.shape[-1]).masked_scatter(real[..., None], logits)
 
 
 def vocabulary(config: Any) -> int:

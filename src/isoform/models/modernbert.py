@@ -23,6 +23,7 @@ from isoform.layers.init import embedding, initialize, linear
 from isoform.layers.norm import LayerNorm
 from isoform.layers.position import Rope
 from isoform.models import encoder, modernbert_forms
+from isoform.models.border import dense_logits
 from isoform.registry import Options, build_options, register
 
 Rate = Field(0.0, ge=0, lt=1)
@@ -193,7 +194,7 @@ class ModernBert(nn.Module):
 
     def dense(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The call that people know: padded ids and mask `(b, t)` -> logits `(b, t, v)`, zero at padding."""
-        return encoder.dense_logits(self, input_ids, attention_mask)
+        return dense_logits(self, input_ids, attention_mask)
 
     @classmethod
     def hf_form(cls, config: Config) -> tuple[dict[str, Any] | None, str | None]:
