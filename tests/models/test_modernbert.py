@@ -9,6 +9,7 @@ import torch
 
 from isoform.contracts import Batch
 from isoform.errors import ConfigError
+from isoform.layers.dropout import Dropout
 from isoform.models.distilbert import DistilBert
 from isoform.models.modernbert import ModernBert
 from isoform.registry import build_options
@@ -52,6 +53,15 @@ def test_dropout_is_a_function_of_the_key(family: Any, make_batch: Any) -> None:
         assert torch.equal(model(batch).hidden, hidden)
         batch.dropout_key = None
         assert not torch.allclose(model(batch).hidden, hidden)
+
+
+def test_distilbert_drops_nothing_between_attention_and_the_sum_after_it() -> None:
+    model = DistilBert.tiny(dropout=0.3)
+    dropping = [name for name, part in model.named_modules() if isinstance(part, Dropout) and part.rate > 0]
+    assert dropping == [
+        "input_dropout",
+        *(f"blocks.{layer}.{site}" for layer in (0, 1) for site in ("attention.dropout", "feedforward_dropout")),
+    ]
 
 
 @pytest.mark.parametrize("family", [DistilBert, ModernBert])
