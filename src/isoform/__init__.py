@@ -170,21 +170,33 @@ def generate(
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
+    beams: int = 1,
+    length_penalty: float = 1.0,
+    early_stopping: bool = False,
     seed: int = 0,
     max_new_tokens: int = 200,
 ) -> Iterator[str]:
     """The prompt's continuation, piece by piece.
 
     chat: the prompt is a message to a model with a chat template, what comes is its answer.
-    temperature: 0 is greedy; None: 1, or 0 in a chat.
+    temperature: 0 is greedy; None: 1, or 0 in a chat. beams: more than 1 is beam search, by `length_penalty` and
+    `early_stopping` (see `config.Beams`), without temperature; the text comes in one piece.
     """
+    from isoform.config import Beams
     from isoform.evaluation.generate import Sampling
     from isoform.serving.use import continue_text, open_model
 
     chosen = (0.0 if chat else 1.0) if temperature is None else temperature
     sampling = Sampling(temperature=chosen, top_k=top_k, top_p=top_p)
+    searched = Beams(num_beams=beams, length_penalty=length_penalty, early_stopping=early_stopping)
     yield from continue_text(
-        open_model(model), prompt, chat=chat, sampling=sampling, seed=seed, max_new_tokens=max_new_tokens
+        open_model(model),
+        prompt,
+        chat=chat,
+        sampling=sampling,
+        beams=searched,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
     )
 
 

@@ -12,6 +12,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from isoform.checkpoints.folders import load_model, save_model
 from isoform.checkpoints.tensors import read_model
+from isoform.config import read_config, recipe_names, run_config
 from isoform.contracts import Batch, Sequences
 from isoform.errors import CheckpointError, ConfigError
 from isoform.layers import ragged
@@ -283,6 +284,16 @@ def test_transformers_reads_the_config_that_we_write(variant: str) -> None:
     assert theirs.scale_decoder_outputs == config.scaled
     again = T5.from_hf(form)
     assert {**T5.to_hf(again), "isoform": None} == {**form, "isoform": None}
+
+
+@pytest.mark.parametrize("recipe", [name for name in recipe_names() if name.startswith("t5-")])
+def test_recipes_have_the_published_sizes(recipe: str) -> None:
+    config = run_config(read_config(recipe))
+    options = {name: value for name, value in config.model.items() if name != "family"}
+    with torch.device("meta"):
+        model = T5(T5.Config(**options, vocab_size=config.text.tokenizer["vocab_size"]), seed=None)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    assert f"({millions:,.1f} M parameters)" in config.about
 
 
 def test_sizes_that_do_not_fit_together_are_refused() -> None:

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from sacrebleu.metrics import BLEU, CHRF
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
 import isoform
@@ -83,6 +87,40 @@ def test_beams_answer_in_an_evaluation(make_t5, tmp_path) -> None:
     found = generate(ours.model, prompts, beams=isoform.config.Beams(num_beams=3), max_new_tokens=8)
     texts = [ours.tokenizer.decode(generation.tokens) for generation in found]
     assert [row["prediction"] for row in read_jsonl(run.folder / "predictions.jsonl")] == texts
+
+
+def test_a_folder_that_no_run_trained_answers_from_text_to_text(make_t5, tmp_path) -> None:
+    run = train(make_t5(PAIRS, {"train": {"max_steps": 2}}), tmp_path / "run", quiet=True)
+    shutil.copytree(run.folder / "final", tmp_path / "model")
+    question = "What is sun 0?"
+    answer = isoform.predict(run.folder, [question])[0]["answer"]
+    pieces = isoform.generate(tmp_path / "model", question, temperature=0, max_new_tokens=8)
+    assert "".join(pieces) == answer
+    assert list(isoform.generate(tmp_path / "model", question, beams=3, max_new_tokens=8))
+    with pytest.raises(ConfigError, match="an encoder needs something to read"):
+        list(isoform.generate(tmp_path / "model", ""))
+
+
+def test_chrf_and_bleu_are_measured_and_kept_for_each_example(make_t5, tmp_path) -> None:
+    changes = {
+        "evaluate": {"metrics": ["chrf", "bleu", "loss"]},
+        "train": {"max_steps": 2, "select": {"metric": "loss"}},
+    }
+    run = train(make_t5(PAIRS, changes), tmp_path / "run", quiet=True)
+    values = {row["metric"]: row["value"] for row in run.rows}
+    predictions = read_jsonl(run.folder / "predictions.jsonl")
+    said, gold = [row["prediction"] for row in predictions], [row["gold"] for row in predictions]
+    assert values["chrf"] == pytest.approx(CHRF().corpus_score(said, [gold]).score)
+    assert values["bleu"] == pytest.approx(BLEU().corpus_score(said, [gold]).score)
+
+
+def test_the_recipe_reads_the_captions(tmp_path) -> None:
+    folder = Path(os.environ.get("ISOFORM_DATA", "")) / "multi30k"
+    if "ISOFORM_DATA" not in os.environ or not folder.is_dir():
+        pytest.skip("ISOFORM_DATA names no folder with multi30k; its captions are not part of the project")
+    small = ["train.max_epochs=0.1", "train.batch_tokens=512", "data.max_documents=200", "evaluate.max_new_tokens=4"]
+    rows = isoform.train("translate", set=[f"data.root={folder}", *small], out=tmp_path / "run")
+    assert {row["metric"] for row in rows} == {"chrf", "bleu", "loss"}
 
 
 def test_a_resume_ends_bit_equal(make_t5, tmp_path, monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -17,7 +18,7 @@ import yaml
 
 from isoform import machine
 from isoform.checkpoints.folders import LoadedModel, load_model
-from isoform.config import DataConfig, RunConfig, run_config
+from isoform.config import Beams, DataConfig, RunConfig, run_config
 from isoform.contracts import Document, Objective, Prompt
 from isoform.data.corpus import build_dataset
 from isoform.data.identity import content_hash
@@ -52,7 +53,7 @@ class Opened:
 
 def open_model(path: str | Path, *, precision: str | None = None, max_tokens: int | None = None) -> Opened:
     """Opens a run folder or a model folder; a model that no run trained is taken as a language model,
-    causal or masked, as its family is.
+    causal or masked, or from text to text, as its family is.
 
     Raises: CheckpointError, ConfigError.
     """
@@ -63,7 +64,8 @@ def open_model(path: str | Path, *, precision: str | None = None, max_tokens: in
     config = _run_of(Path(path))
     if config is None:
         limit = max_tokens or loaded.model.max_positions or RunConfig().text.max_tokens
-        kind = "masked" if "bidirectional" in loaded.model.capabilities else "causal"
+        kinds = {"bidirectional": "masked", "encoder-decoder": "text-to-text"}
+        kind = next((kinds[ability] for ability in kinds if ability in loaded.model.capabilities), "causal")
         values = {"text": {"max_tokens": int(limit)}, "model": {"from": str(path)}, "objective": {"kind": kind}}
         config = run_config(values)
     cls, options = component("objective", config.objective, "objective")
@@ -216,15 +218,38 @@ def continue_text(
     *,
     chat: bool = False,
     sampling: Sampling = GREEDY,
+    beams: Beams | None = None,
     seed: int = 0,
     max_new_tokens: int = 200,
 ) -> Iterator[str]:
     """The prompt's continuation, piece by piece; chat: the prompt is a person's message, what follows the answer.
 
-    Raises: ConfigError, DataError where the model cannot do it.
+    An encoder-decoder reads the prompt and says what it makes of it. beams: more than one say their text at the end, in
+    one piece. Raises: ConfigError, DataError where the model cannot do it.
     """
     if "bidirectional" in opened.model.capabilities:
         raise ConfigError(f"{opened.path}: an encoder, which reads a text from both sides and cannot continue one")
+    prompt = _continued(opened, text, chat=chat, max_new_tokens=max_new_tokens)
+    # One token at a time is bound by reading the weights once, and autocast would convert all of them each time.
+    way: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "device": opened.device,
+        "autocast": contextlib.nullcontext,
+    }
+    if beams is not None and beams.num_beams > 1:
+        found = generate(opened.model, [prompt], beams=beams, **way)
+        return iter([opened.tokenizer.decode(found[0].tokens)])
+    stream = generate_stream(opened.model, prompt, sampling=sampling, seed=seed, **way)
+    return text_stream(lambda ids: opened.tokenizer.decode(ids), stream)
+
+
+def _continued(opened: Opened, text: str, *, chat: bool, max_new_tokens: int) -> Prompt:
+    """What the model is given of a text, or of a message."""
+    if "encoder-decoder" in opened.model.capabilities:
+        if not text.strip():
+            raise ConfigError("--prompt: empty, and an encoder needs something to read; give some text")
+        asked = _prompt(opened, {opened.objective.alternatives[0][0]: text})
+        return dataclasses.replace(asked, max_new_tokens=max_new_tokens)
     special = opened.tokenizer.special_ids
     if chat:
         tokens = chat_tokens(opened.tokenizer, [{"role": "user", "content": text}])
@@ -235,18 +260,7 @@ def continue_text(
         if start is None:
             raise ConfigError("--prompt: empty, and this tokenizer has no token to begin with; give some text")
         tokens = np.array([start], dtype=np.int32)
-    prompt = Prompt("prompt", tokens, opened.stop, max_new_tokens, text)
-    stream = generate_stream(
-        opened.model,
-        prompt,
-        sampling=sampling,
-        seed=seed,
-        max_new_tokens=max_new_tokens,
-        device=opened.device,
-        # One token at a time is bound by reading the weights once, and autocast would convert all of them each time.
-        autocast=contextlib.nullcontext,
-    )
-    return text_stream(lambda ids: opened.tokenizer.decode(ids), stream)
+    return Prompt("prompt", tokens, opened.stop, max_new_tokens, text)
 
 
 def read_inputs(opened: Opened, path: Path | None) -> Iterator[str]:
