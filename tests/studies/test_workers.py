@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from isoform.errors import ConfigError, NonFiniteError
+from isoform.errors import ConfigError, DataError, NonFiniteError
 from isoform.storage import read_json
+from isoform.studies.forecast import forecast
 from isoform.studies.study import study
 from isoform.studies.workers import num_jobs
 
@@ -61,6 +62,16 @@ def test_a_stopped_study_saves_what_runs_and_goes_on(values: dict[str, Any], tmp
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_a_forecast_measures_as_many_at_once_as_will_run(values: dict[str, Any]) -> None:
+    plan = forecast({**values, "jobs": 2})
+    assert plan["jobs"] == 2
+    each = [stage["runs"] * stage["seconds_total"] for stage in plan["stages"]]
+    assert min(each) > 0 and plan["seconds_total"] == pytest.approx(sum(each) / 2)
+    broken = {**values, "stages": {**values["stages"], "pretrain": {"data": {"train": "absent.txt"}}}}
+    with pytest.raises(DataError, match=r"absent\.txt"):
+        forecast({**broken, "jobs": 2})
 
 
 def test_jobs_are_as_many_as_there_are_runs_and_one_under_a_launcher(monkeypatch: pytest.MonkeyPatch) -> None:

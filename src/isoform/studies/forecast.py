@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ from isoform.config import RunConfig, is_study, run_config, study_config
 from isoform.storage import free_bytes
 from isoform.studies import audit
 from isoform.studies.layout import Layout, StageRun
-from isoform.training.plan import plan_run
-from isoform.training.prepare import prepare
+from isoform.studies.workers import crew, measured, num_jobs
+from isoform.training.plan import plan_config
 from isoform.training.run import sources_fingerprint, train
 
 
@@ -20,18 +21,21 @@ def forecast(values: dict[str, Any], *, attempt: bool = False) -> dict[str, Any]
     """{name, stages: [plan of each distinct stage and how often it runs], seconds_total, disk_bytes, warnings, ...}."""
     if not is_study(values):
         config = run_config(values)
-        stage = {"name": config.name, "runs": 1, **plan_run(prepare(config))}
+        stage = {"name": config.name, "runs": 1, **plan_config(config)}
         return _total(config.name, [stage], [], attempt=_attempt(config) if attempt else None)
     study = study_config(values)
     wanted = {**study.base.get("train", {})}.get("precision", "auto")
     precision = machine.choose_precision(wanted, machine.choose_device().type)
     layout = Layout(study, list(range(study.seed, study.seed + study.seeds)), precision, sources_fingerprint())
+    jobs = num_jobs(study.jobs, sum(1 for _ in layout.all()))
     stages = []
-    for label, run, count in _distinct(layout):
-        stages.append({"name": label, "runs": count, **plan_run(prepare(run.config, precision=precision))})
+    with crew(jobs) if jobs > 1 else nullcontext() as workers:
+        for label, run, count in _distinct(layout):
+            plan = measured(run.config, precision, workers) if workers else plan_config(run.config, precision)
+            stages.append({"name": label, "runs": count, **plan})
     trials = {name: _num_trials(options.tune) for name, options in layout.arms() if options.tune}
     attempted = _attempt_study(layout) if attempt else None
-    return _total(study.name, stages, audit.before(layout), trials=trials, attempt=attempted)
+    return _total(study.name, stages, audit.before(layout), trials=trials, attempt=attempted, jobs=jobs)
 
 
 def _distinct(layout: Layout) -> list[tuple[str, StageRun, int]]:
@@ -93,12 +97,14 @@ def _total(
     *,
     trials: dict[str, int] | None = None,
     attempt: dict[str, Any] | None = None,
+    jobs: int = 1,
 ) -> dict[str, Any]:
     return {
         "name": name,
         "stages": stages,
         "tuning_trials": trials or {},
-        "seconds_total": sum(stage["runs"] * stage.get("seconds_total", 0.0) for stage in stages),
+        "jobs": jobs,
+        "seconds_total": sum(stage["runs"] * stage.get("seconds_total", 0.0) for stage in stages) / jobs,
         "disk_bytes": sum(stage["runs"] * stage["disk_bytes"] for stage in stages),
         "free_disk_bytes": free_bytes(Path.cwd()),
         "memory_bytes": machine.memory_bytes(),

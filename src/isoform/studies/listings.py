@@ -87,7 +87,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     )
     for name, trials in plan["tuning_trials"].items():
         print_line(console, "", f"tuning: {trials} settings of {name} with the first seed, not in the total below")
-    print_line(console, "", f"all runs together: about {wording.duration_text(plan['seconds_total'])}", "bold")
+    together = f"all runs together, {plan['jobs']} at a time" if plan["jobs"] > 1 else "all runs together"
+    print_line(console, "", f"{together}: about {wording.duration_text(plan['seconds_total'])}", "bold")
     for stage in plan["stages"]:
         for warning in stage["warnings"]:
             print_line(console, "!", f"{stage['name']}: {warning}", "yellow")

@@ -40,13 +40,12 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
     from isoform.studies.workers import do
 
     try:
-        do(task)
+        return do(task)
     except IsoformError as error:
         return {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}
     except Exception as error:
         traceback.print_exc()
         return {"error": "RuntimeError", "message": f"a run failed: {error!r}"}
-    return {}
 
 
 if __name__ == "__main__":

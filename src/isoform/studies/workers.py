@@ -15,16 +15,18 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from isoform import errors, machine
+from isoform.config import RunConfig, run_config
 from isoform.errors import ConfigError, IsoformError, Stopped
 from isoform.storage import read_json
 from isoform.studies.layout import StageRun
 from isoform.training.guards import Interrupts
+from isoform.training.plan import plan_config
 from isoform.training.run import score_as_is, train
 
 Say = Callable[[str], None]
@@ -91,11 +93,12 @@ def task(run: StageRun, folder: Path, precision: str, quiet: bool) -> dict[str, 
     }
 
 
-def do(task: dict[str, Any]) -> None:
-    """One run, from its task. Raises: what `train` raises."""
-    from isoform.config import run_config
-
-    config, folder = run_config(task["config"]), Path(task["folder"])
+def do(task: dict[str, Any]) -> dict[str, Any]:
+    """One run, from its task, or its plan alone. Raises: what `train` raises."""
+    config = run_config(task["config"])
+    if "folder" not in task:
+        return plan_config(config, task["precision"])
+    folder = Path(task["folder"])
     if task["trains"]:
         start = None if task["start"] is None else Path(task["start"])
         train(config, folder, resume=True, start=start, precision=task["precision"], quiet=task["quiet"])
@@ -103,13 +106,27 @@ def do(task: dict[str, Any]) -> None:
         score_as_is(config, folder, precision=task["precision"])
     # A finished stage is never resumed: its optimiser states would only fill the disk.
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return {}
+
+
+def measured(config: RunConfig, precision: str, workers: Sequence[Worker]) -> dict[str, Any]:
+    """The plan of a run, its times being the means over workers that all try it at once. Raises: what a plan raises."""
+    for worker in workers:
+        worker.begin({"config": config.model_dump(mode="json"), "precision": precision})
+    while any(worker.answer is None for worker in workers):
+        time.sleep(POLL_SECONDS)
+    plans = [worker.answer for worker in workers if worker.answer is not None]
+    for failure in filter(None, map(_error, plans)):
+        raise failure
+    times = {name: sum(plan[name] for plan in plans) / len(plans) for name in plans[0] if name.startswith("seconds_")}
+    return {**plans[0], **times}
 
 
 def _go_on(exit_code: int) -> Stopped:
     return Stopped("stopped, everything so far is saved; the same command goes on from there", exit_code)
 
 
-class _Worker:
+class Worker:
     """A process that carries out one run at a time. Its own session: a Ctrl-C reaches it once, through us."""
 
     def __init__(self, threads: int) -> None:
@@ -124,13 +141,14 @@ class _Worker:
             start_new_session=True,
         )
         self.run: StageRun | None = None
+        # what it is busy with
         self.answer: dict[str, Any] | None = None
         streams = ((self.process.stdout, self._answers), (self.process.stderr, self._relay))
         self._readers = [threading.Thread(target=reader, args=(stream,), daemon=True) for stream, reader in streams]
         for thread in self._readers:
             thread.start()
 
-    def begin(self, run: StageRun, told: dict[str, Any]) -> None:
+    def begin(self, told: dict[str, Any], run: StageRun | None = None) -> None:
         self.run, self.answer = run, None
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(told) + "\n")
@@ -166,6 +184,23 @@ class _Worker:
                 sys.stderr.write(line)
 
 
+@contextlib.contextmanager
+def crew(jobs: int) -> Iterator[list[Worker]]:
+    """So many workers, which end with the block."""
+    workers = [Worker(max(1, machine.cores() // jobs)) for _ in range(jobs)]
+    try:
+        yield workers
+    except SystemExit:
+        for worker in workers:
+            worker.process.kill()
+        raise
+    finally:
+        for worker in workers:
+            worker.end()
+        for worker in workers:
+            worker.wait()
+
+
 @dataclass
 class _SideBySide:
     """Hands runs to workers as soon as what they start from is there."""
@@ -176,32 +211,22 @@ class _SideBySide:
     jobs: int
     quiet: bool
     say: Callable[[StageRun], None]
-    workers: list[_Worker] = field(default_factory=list)
+    workers: list[Worker] = field(default_factory=list)
 
     def __call__(self) -> None:
         waiting = list(self.missing)
         failure: IsoformError | RuntimeError | None = None
         signalled = False
-        with Interrupts() as interrupts:
-            try:
-                while waiting or any(worker.run for worker in self.workers):
-                    failure = self._collect() or failure
-                    if (interrupts.requested or failure) and not signalled:
-                        signalled = True
-                        waiting.clear()
-                        for worker in self.workers:
-                            worker.interrupt(interrupts.requested or signal.SIGTERM)
-                    self._hand_out(waiting)
-                    time.sleep(POLL_SECONDS)
-            except SystemExit:
-                for worker in self.workers:
-                    worker.process.kill()
-                raise
-            finally:
-                for worker in self.workers:
-                    worker.end()
-                for worker in self.workers:
-                    worker.wait()
+        with Interrupts() as interrupts, crew(self.jobs) as self.workers:
+            while waiting or any(worker.run for worker in self.workers):
+                failure = self._collect() or failure
+                if (interrupts.requested or failure) and not signalled:
+                    signalled = True
+                    waiting.clear()
+                    for worker in self.workers:
+                        worker.interrupt(interrupts.requested or signal.SIGTERM)
+                self._hand_out(waiting)
+                time.sleep(POLL_SECONDS)
         if interrupts.requested is not None:
             raise _go_on(128 + interrupts.requested)
         if failure is not None:
@@ -224,13 +249,10 @@ class _SideBySide:
                 continue
             worker = next((worker for worker in self.workers if worker.run is None), None)
             if worker is None:
-                if len(self.workers) == self.jobs:
-                    return
-                worker = _Worker(max(1, machine.cores() // self.jobs))
-                self.workers.append(worker)
+                return
             waiting.remove(run)
             self.say(run)
-            worker.begin(run, task(run, self.folder, self.precision, self.quiet))
+            worker.begin(task(run, self.folder, self.precision, self.quiet), run)
 
 
 def _error(answer: dict[str, Any]) -> IsoformError | RuntimeError | None:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from isoform.config import RunConfig
 from isoform.evaluation.evaluate import evaluate
 from isoform.models.accounting import accounts
 from isoform.training.feed import Feed
 from isoform.training.loop import planned_rates
-from isoform.training.prepare import Prepared
+from isoform.training.prepare import Prepared, prepare
 from isoform.training.step import LossModule, accumulate, autocast, set_rates
 
 # The probe: steps that warm the machine up, then steps that are timed until one of the two limits.
@@ -25,6 +26,16 @@ PROBE_EXAMPLES = 96
 # bytes a parameter takes in a checkpoint: weights and two moments, in float32
 CHECKPOINT_BYTES = 12
 MODEL_BYTES = 4
+
+
+def plan_config(config: RunConfig, precision: str | None = None) -> dict[str, Any]:
+    """`plan_run` of a config, the preparation timed too. Raises: what `prepare` raises."""
+    prepare(config, precision=precision)  # what is made once and kept, such as token stores, is made here
+    began = time.perf_counter()
+    run = prepare(config, precision=precision)
+    seconds = time.perf_counter() - began
+    plan = plan_run(run)
+    return {**plan, "seconds_preparing": seconds, "seconds_total": plan["seconds_total"] + seconds}
 
 
 def plan_run(run: Prepared, *, probe: bool = True) -> dict[str, Any]:
