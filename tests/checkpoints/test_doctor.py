@@ -18,6 +18,7 @@ from isoform.checkpoints.folders import save_model
 from isoform.checkpoints.state import save_state
 from isoform.layers.feedforward import Gelu
 from isoform.models.bert import Bert
+from isoform.models.llama import Llama
 from isoform.registry import build_options, lookup
 from isoform.text.tokenizers import TextTokenizer, train_tokenizer
 
@@ -196,3 +197,13 @@ def test_without_transformers_nothing_is_compared(tmp_path: Path, monkeypatch: p
     assert any("the model has no form in transformers" in what for what in only(examine(tmp_path / "m"), "info"))
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert any("transformers is not installed" in what for what in only(examine(tmp_path / "m"), "info"))
+
+
+def test_a_mixture_tells_active_parameters_apart(tmp_path: Path) -> None:
+    model = Llama.tiny(feedforward={"kind": "moe", "experts": 4, "active": 2})
+    save_model(tmp_path, model, None)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    active = total - 2 * 2 * 3 * 32 * 48
+    said = only(examine(tmp_path), "ok")
+    assert any(f"loads as llama, {total} parameters, {active} of them active for each token" in what for what in said)
+    assert any("logits of MixtralForCausalLM in transformers: relative error" in what for what in said)

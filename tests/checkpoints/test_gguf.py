@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isoform
 from isoform.checkpoints import ggml
 from isoform.checkpoints import gguf as reading
+from isoform.checkpoints.doctor import examine
 from isoform.checkpoints.folders import load_model
 from isoform.errors import CheckpointError
 from isoform.layers.rope_scaling import Llama3
@@ -293,6 +294,29 @@ def test_ids_special_tokens_and_template_are_those_of_transformers(write: Write,
     assert ours.special == {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>"}
     assert ours.special_ids["eos"] == theirs.eos_token_id
     assert ours.chat_template == theirs.chat_template == TEMPLATE
+
+
+def test_a_model_that_reads_a_begin_token_first_says_so(write: Write) -> None:
+    def begins(writer: GGUFWriter) -> None:
+        writer.add_add_bos_token(True)
+
+    tokenizer = load_model(write(change=begins)[0]).tokenizer
+    assert tokenizer is not None
+    assert tokenizer.first_ids == [tokenizer.special_ids["bos"]]
+    assert load_model(write(name="other.gguf")[0]).tokenizer.first_ids == []
+
+
+def test_the_doctor_describes_and_compares_a_file(write: Write) -> None:
+    path, model = write("Q8_0", num_layers=1)
+    findings = examine(path)
+    fine = " | ".join(finding.what for finding in findings if finding.level == "ok")
+    assert [finding for finding in findings if finding.level in ("error", "warning")] == []
+    assert f"loads as llama, {sum(parameter.numel() for parameter in model.parameters())} parameters" in fine
+    assert "packed: 9 tensors Q8_0, 3 tensors F32" in fine
+    assert "special ids: pad 0 (<pad>), bos 1 (<bos>), eos 2 (<eos>)" in fine
+    assert "320 tokens in the vocabulary, 320 rows in the embedding" in fine
+    assert f"a chat template of {len(TEMPLATE)} characters" in fine
+    assert "logits of LlamaForCausalLM in transformers: relative error" in fine
 
 
 def test_a_tokenizer_that_is_not_read_leaves_the_model(write: Write) -> None:

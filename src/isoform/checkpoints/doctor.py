@@ -19,6 +19,7 @@ from isoform import machine, storage
 from isoform.checkpoints import folders, manifest, parity, sources
 from isoform.checkpoints.folders import LoadedModel
 from isoform.errors import IsoformError
+from isoform.layers.moe import MixtureOfExperts
 from isoform.text.tokenizers import TextTokenizer
 
 Level = Literal["ok", "info", "warning", "error"]
@@ -149,14 +150,16 @@ def _model(folder: Path) -> list[Finding]:
             ]
         except IsoformError as error:
             return [Finding("error", str(error), "restore the folder from a copy")]
-    else:
+    elif folder.is_dir():
         findings.append(Finding("info", f"{folder}: no {manifest.NAME}; damage to its weights cannot be seen"))
     try:
         loaded = folders.load_model(folder)
     except IsoformError as error:
         return [*findings, Finding("error", str(error))]
     parameters = sum(parameter.numel() for parameter in loaded.model.parameters())
-    findings.append(Finding("ok", f"{folder}: loads as {loaded.family}, {parameters} parameters"))
+    idle = sum(layer.idle_parameters for layer in loaded.model.modules() if isinstance(layer, MixtureOfExperts))
+    active = f", {parameters - idle} of them active for each token" if idle else ""
+    findings.append(Finding("ok", f"{folder}: loads as {loaded.family}, {parameters} parameters{active}"))
     findings += _parts(loaded)
     if loaded.tokenizer is None:
         findings.append(Finding("warning", str(loaded.info["tokenizer"]), "copy the model's tokenizer.json there"))
@@ -181,7 +184,9 @@ def _parts(loaded: LoadedModel) -> list[Finding]:
         if size
     ]
     options = {name: value for name, value in loaded.config.model_dump(mode="json").items() if value is not None}
+    packed = [f"{count} tensors {kind}" for kind, count in loaded.info.get("packed", {}).items()]
     return [
+        *([Finding("ok", "packed: " + ", ".join(packed))] if packed else []),
         Finding("ok", f"{hf_config.get('model_type')}, {named}; can be {', '.join(sorted(loaded.model.capabilities))}"),
         Finding("ok", "config: " + ", ".join(f"{name} {_plain(value)}" for name, value in options.items())),
         Finding("ok", "parameters of its parts: " + ", ".join(said)),
@@ -202,6 +207,8 @@ def _vocabulary(tokenizer: TextTokenizer, loaded: LoadedModel) -> list[Finding]:
     rows = int(loaded.config.vocab_size)
     said = ", ".join(f"{role} {index} ({tokenizer.special[role]})" for role, index in ids.items()) or "none"
     findings = [Finding("ok", f"special ids: {said}")]
+    if tokenizer.chat_template is not None:
+        findings.append(Finding("ok", f"a chat template of {len(tokenizer.chat_template)} characters"))
     if tokenizer.vocab_size == rows:
         findings.append(Finding("ok", f"{rows} tokens in the vocabulary, {rows} rows in the embedding"))
     else:  # a larger vocabulary does not load

@@ -53,7 +53,7 @@ def why_not(loaded: LoadedModel, folder: Path) -> str | None:
         return f"{size / 1e9:.1f} billion parameters would be in memory twice"
     if str(loaded.info["hf_config"].get("model_type")).startswith("isoform-"):
         return "the model has no form in transformers"
-    return None if folder.is_dir() else f"{folder.name} is no folder of transformers"
+    return None
 
 
 def compare(loaded: LoadedModel, folder: Path) -> Parity:
@@ -91,9 +91,11 @@ def _theirs(folder: Path, hf_config: dict[str, Any]) -> Any:
 
     named = next(iter(hf_config.get("architectures") or ["AutoModel"]))
     cls = getattr(transformers, str(named), transformers.AutoModel)
+    # A .gguf file is read by transformers' own loader.
+    place, file = (folder, {}) if folder.is_dir() else (folder.parent, {"gguf_file": folder.name})
     with _quiet():
         return cls.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
+            place, **file, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
         ).eval()
 
 
