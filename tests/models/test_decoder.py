@@ -27,6 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "grouped": {"num_kv_heads": 2, "position": "rope"},
     "one kv head": {"num_kv_heads": 1, "window": 6, "position": "alibi"},
     "norm last": {"norm_first": False},
+    "experts": {"feedforward": {"kind": "moe", "experts": 3, "expert": "gelu"}, "bias": False},
     "rmsnorm, swiglu, untied, no bias": {"norm": "rmsnorm", "feedforward": "swiglu", "tied": False, "bias": False},
 }
 MOE = {"kind": "moe", "experts": 4, "active": 2}

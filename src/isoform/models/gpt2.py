@@ -49,7 +49,7 @@ class GPT2(Decoder):
         norm: Component = Field({"kind": "layernorm"})
         # layernorm | rmsnorm
         feedforward: Component = Field({"kind": "gelu-tanh"})
-        # gelu | gelu-tanh | relu | relu-squared | geglu | swiglu
+        # gelu | gelu-tanh | relu | relu-squared | geglu | swiglu | moe (without biases)
         window: Positive | None = None
         # tokens that each token sees, itself among them; null: all before it
         norm_first: bool = True
