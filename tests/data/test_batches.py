@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -56,3 +57,27 @@ def test_labels_weights_segments_and_sources() -> None:
     assert numbers.labels is not None and numbers.labels.tolist() == [[0.0, 1.5], [1.0, 0.0]]
     bare = collate([Sample("a", np.array([1, 2], dtype=np.int32))])
     assert bare.targets is None and bare.labels is None and bare.weights is None and bare.source is None
+
+
+@pytest.mark.parametrize(
+    ("targets", "sources"), [([5, 7], [8, 8]), ([8, 8], [5, 6]), ([8, 8], [16, 8]), ([3, 4], [2, 9])]
+)
+def test_two_streams_have_as_many_sequences_whichever_needs_filler(targets: list[int], sources: list[int]) -> None:
+    def made(length: int) -> np.ndarray:
+        return np.arange(length, dtype=np.int32)
+
+    samples = [
+        Sample(f"s{i}", made(t), made(t), source=Sample(f"s{i}", made(s)), prefix=i)
+        for i, (t, s) in enumerate(zip(targets, sources, strict=True))
+    ]
+    batch = collate(samples, filler_to=8)
+    assert batch.source is not None
+    assert len(batch.tokens) % 8 == len(batch.source.tokens) % 8 == 0
+    assert len(batch.sequences) == len(batch.source.sequences)
+    assert batch.num_filler == batch.source.num_filler
+    assert batch.sequences.prefixes == (0, 1, *[0] * batch.num_filler)
+    assert batch.to("cpu").sequences.prefixes == batch.sequences.prefixes
+    assert batch.num_tokens == len(batch.tokens) + len(batch.source.tokens)
+    assert batch.longest_tokens >= max(sample.num_tokens for sample in samples)
+    assert batch.targets is not None
+    assert (batch.targets[sum(targets) :] == IGNORE).all()

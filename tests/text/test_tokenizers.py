@@ -245,3 +245,24 @@ def test_patterns_that_can_run_for_ever_are_refused(pattern: str, fine: bool, tm
     else:
         with pytest.raises(DataError, match="pattern"):
             load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "bpe", "wordpiece"])
+def test_sentinels_are_special_tokens_in_order(kind: str, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    options = {"kind": kind, "sentinels": 12, "vocab_size": 400}
+    _, config = component("tokenizer", options, "text.tokenizer")
+    tokenizer = train_tokenizer(kind, config, ["a text with <extra_id_0> in it", "and another"] * 3)
+    ids = tokenizer.sentinel_ids
+    assert len(ids) == 12
+    assert [tokenizer.decode([index], skip_special=False) for index in ids] == [f"<extra_id_{i}>" for i in range(12)]
+    assert not set(tokenizer.encode("a text with <extra_id_0> in it").tolist()) & set(ids)
+    assert tokenizer.decode([*ids]) == ""
+    tokenizer.save(tmp_path)
+    again = load_tokenizer(tmp_path)
+    assert again.sentinel_ids == ids
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.convert_tokens_to_ids("<extra_id_3>") == ids[3]
+    plain = train_tokenizer(kind, component("tokenizer", {"kind": kind}, "t")[1], ["a text"] * 3)
+    assert plain.sentinel_ids == ()
