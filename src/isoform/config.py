@@ -171,6 +171,8 @@ class Select(Section):
     metric: str = "last"
     # `last`, or a metric of the objective
     split: str = "dev"
+    max_examples: Positive | None = None
+    # of the split, evenly spaced, that are scored on the way; null: all
 
 
 class Beams(Section):
@@ -196,6 +198,8 @@ class EvaluateConfig(Section):
     # splits scored at the end; null: every one but train
     metrics: list[str] | None = None
     # null: the objective's own
+    max_examples: Positive | None = None
+    # of each split, evenly spaced and so the same for every model, that are scored at the end; null: all
     batch_tokens: Positive = 32_768
     max_new_tokens: Positive = 64
     beams: Annotated[Beams | None, BeforeValidator(_beams)] = None

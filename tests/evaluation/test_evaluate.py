@@ -10,7 +10,7 @@ from torch.nn import functional
 from isoform.contracts import Document
 from isoform.data.batches import collate
 from isoform.errors import ConfigError
-from isoform.evaluation.evaluate import evaluate
+from isoform.evaluation.evaluate import Thinned, evaluate
 from isoform.models.gpt2 import GPT2
 from isoform.objectives.answers import Answers
 from isoform.objectives.causal import Causal
@@ -236,3 +236,8 @@ def test_a_metric_that_needs_answers_is_refused_without_questions(model, tokeniz
     objective, dataset = causal(tokenizer)
     with pytest.raises(ConfigError, match="metrics of answers need questions with known answers"):
         evaluate(model, objective, dataset, split="dev", metrics=["exact_match"])
+
+
+def test_thinned_examples_are_evenly_spaced_and_no_more_than_there_are() -> None:
+    assert list(Thinned(range(10), 4)) == [0, 2, 5, 7]  # type: ignore[arg-type]
+    assert list(Thinned(range(3), 9)) == list(Thinned(range(3), None)) == [0, 1, 2]  # type: ignore[arg-type]

@@ -41,6 +41,22 @@ class Examples(Protocol):
     def __getitem__(self, index: int) -> Encoded: ...
 
 
+class Thinned:
+    """At most `most` examples of a dataset, evenly spaced: the same ones for every model."""
+
+    def __init__(self, dataset: Examples, most: int | None) -> None:
+        self.dataset = dataset
+        self._num = len(dataset) if most is None else min(most, len(dataset))
+
+    def __len__(self) -> int:
+        return self._num
+
+    def __getitem__(self, index: int) -> Encoded:
+        if not 0 <= index < self._num:
+            raise IndexError(index)
+        return self.dataset[index * len(self.dataset) // self._num]
+
+
 @dataclass(slots=True)
 class Evaluation:
     """Rows of eval.json ({metric, split, value, n, low, high}) and of predictions.jsonl."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from isoform.config import RunConfig
-from isoform.evaluation.evaluate import evaluate
+from isoform.evaluation.evaluate import Thinned, evaluate
 from isoform.models.accounting import accounts
 from isoform.training.feed import Feed
 from isoform.training.loop import planned_rates
@@ -147,14 +147,19 @@ def _num_evaluations(run: Prepared) -> int:
 
 def _seconds_per_evaluation(run: Prepared) -> float:
     """Seconds of all evaluations: those on the way, and every split once at the end for each kept checkpoint."""
-    per_split = {name: _seconds_to_score(run, name) for name in run.datasets if name != "train"}
-    on_the_way = _num_evaluations(run) * per_split.get(run.config.train.select.split, 0.0)
-    at_the_end = sum(per_split[name] for name in run.config.evaluate.splits or per_split if name in per_split)
+    select = run.config.train.select
+    each = {name: _seconds_to_score_one(run, name) for name in run.datasets if name != "train"}
+
+    def seconds(name: str, most: int | None) -> float:
+        return each[name] * len(Thinned(run.datasets[name], most)) if name in each else 0.0
+
+    on_the_way = _num_evaluations(run) * seconds(select.split, select.max_examples)
+    at_the_end = sum(seconds(name, run.config.evaluate.max_examples) for name in run.config.evaluate.splits or each)
     return on_the_way + at_the_end * (2 if _num_evaluations(run) > 1 else 1)
 
 
-def _seconds_to_score(run: Prepared, split: str) -> float:
-    """Seconds to score a split, from some of its examples; answers are taken to be as long as the expected ones."""
+def _seconds_to_score_one(run: Prepared, split: str) -> float:
+    """Mean seconds of some examples of a split; answers are taken to be as long as the expected ones."""
     dataset = run.datasets[split]
     some = [dataset[index] for index in range(min(PROBE_EXAMPLES, len(dataset)))]
     if not some:
@@ -174,7 +179,7 @@ def _seconds_to_score(run: Prepared, split: str) -> float:
         autocast=lambda: autocast(run.precision, run.device),
         keep_predictions=0,
     )
-    return (time.perf_counter() - start) * len(dataset) / len(some)
+    return (time.perf_counter() - start) / len(some)
 
 
 def _peak_memory_bytes() -> int:

@@ -21,7 +21,7 @@ from isoform.checkpoints.folders import load_model, save_model
 from isoform.checkpoints.state import latest_state
 from isoform.config import RunConfig
 from isoform.errors import CheckpointError, ConfigError, DataError
-from isoform.evaluation.evaluate import Evaluation, evaluate
+from isoform.evaluation.evaluate import Evaluation, Thinned, evaluate
 from isoform.evaluation.predictions import write_predictions
 from isoform.models.accounting import accounts
 from isoform.registry import Reads, recording
@@ -253,10 +253,11 @@ def _progress(config: RunConfig, run: Prepared, start: int, quiet: bool) -> Prog
 def _score(run: Prepared, model: Any, split: str, *, keep_predictions: bool = False) -> Evaluation:
     """The metrics of one split with fixed draws, in the run's precision."""
     settings = run.config.evaluate
+    most = settings.max_examples if keep_predictions else run.config.train.select.max_examples
     return evaluate(
         model,
         run.objective,
-        run.datasets[split],
+        Thinned(run.datasets[split], most),
         split=split,
         metrics=settings.metrics,
         batch_tokens=settings.batch_tokens,
