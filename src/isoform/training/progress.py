@@ -60,9 +60,8 @@ class Progress:
         elif now - self._said >= PLAIN_EVERY_SECONDS or step == self.num_steps:
             self._said = now
             left = (now - self._began) / max(1, step - self.start) * (self.num_steps - step)
-            self.console.print(
-                f"{self.name}: step {step}/{self.num_steps}  {text}  {clock(left)} left", highlight=False
-            )
+            line = f"{self.name}: step {step}/{self.num_steps}  {text}  {clock(left)} left"
+            self.console.print(line, highlight=False, soft_wrap=True)
 
     def evaluation(self, step: int, split: str, values: Mapping[str, float | None]) -> None:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if value is not None)
