@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import isoform
+from isoform import chance
 from isoform.cli import main
 from isoform.storage import locked
 
@@ -141,6 +142,16 @@ def test_a_folder_in_use(monkeypatch, capsys):
     with locked(Path("runs/tiny")):
         code, line = refused(monkeypatch, capsys, "train", "tiny.yaml")
     assert code == 5 and "is working in this folder" in line
+
+
+def test_one_long_text_is_split_by_the_recipe_that_is_made_for_it(folder):
+    draw = chance.generator(0, "speeches")
+    lines = ["".join("abcdefgh \n"[i] for i in draw.integers(10, size=60)) for _ in range(9000)]
+    (folder / "input.txt").write_text("\n".join(lines))
+    changes = ["data.path=input.txt", "train.max_steps=2", "train.precision=fp32", "evaluate.max_examples=4"]
+    changes += ["train.select.max_examples=4", "train.schedule.warmup_steps=1"]
+    rows = isoform.train("shakespeare-char-small", set=changes, out=folder / "run")
+    assert {row["split"] for row in rows} == {"dev"} and all(row["n"] == 4 for row in rows)
 
 
 def test_no_such_run(monkeypatch, capsys):

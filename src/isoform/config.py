@@ -67,8 +67,8 @@ class DataConfig(Section):
     train: Files | None = None
     dev: Files | None = None
     test: Files | None = None
-    unit: Literal["line", "paragraph", "file"] = "line"
-    # what a document is in a .txt file
+    unit: Literal["line", "paragraph", "piece", "file"] = "line"
+    # what a document is in a .txt file; piece: about 16 kB, cut at line ends, so that one long text can be split
     columns: list[str] | None = None
     # names of the columns of csv and tsv files without a header row; null: the first row is the header
     text: str = "text"

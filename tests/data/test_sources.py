@@ -51,10 +51,13 @@ def test_lines_paragraphs_and_whole_files(tmp_path: Path) -> None:
     assert texts(path, unit="file") == ["one\ntwo\n\n  \nthree "]
 
 
-def test_a_large_file_is_cut_at_line_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "PIECE_BYTES", 20)
+@pytest.mark.parametrize(("unit", "limit"), [("file", "FILE_BYTES"), ("piece", "PIECE_BYTES")])
+def test_a_large_file_is_cut_at_line_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str, limit: str
+) -> None:
+    monkeypatch.setattr(readers, limit, 20)
     content = "".join(f"line {number}\n" for number in range(30))
-    pieces = texts(written(tmp_path, "a.txt", content), unit="file")
+    pieces = texts(written(tmp_path, "a.txt", content), unit=unit)
     assert "".join(pieces) == content
     assert len(pieces) > 5 and all(len(piece) <= 20 and piece.endswith("\n") for piece in pieces)
 

@@ -20,7 +20,9 @@ Row = tuple[int, dict[str, Any]]
 
 MAX_LINE_BYTES = 64_000_000
 # A text file read as one document is cut, at a line's end, into documents of at most this size.
-PIECE_BYTES = 8_000_000
+FILE_BYTES = 8_000_000
+# Pieces of a text that is to be split: long beside a context, many in a book.
+PIECE_BYTES = 16_000
 PARQUET_BLOCK_BYTES = 16_000_000
 
 
@@ -85,20 +87,24 @@ def _decoded(raw: bytes, path: Path, number: int) -> str:
 
 
 def read_text(path: Path, layout: Layout) -> Iterator[Row]:
-    """A .txt file as lines, paragraphs (parted by blank lines) or one document; blank ones are no documents."""
+    """A .txt file as lines, paragraphs (parted by blank lines), pieces that end with a line, or one document.
+
+    Blank ones are no documents.
+    """
     if layout.unit == "line":
         for number, line in read_lines(path):
             if line.strip():
                 yield number, {"text": line.rstrip("\n")}
         return
     start, size = 1, 0
+    most = PIECE_BYTES if layout.unit == "piece" else FILE_BYTES
     held: list[str] = []
     for number, line in read_lines(path):
-        ends = not line.strip() if layout.unit == "paragraph" else size + len(line.encode()) > PIECE_BYTES
+        ends = not line.strip() if layout.unit == "paragraph" else size + len(line.encode()) > most
         if ends and held:
             yield start, {"text": _joined(held, layout.unit)}
             held, size = [], 0
-        if layout.unit == "file" or line.strip():
+        if layout.unit != "paragraph" or line.strip():
             start = start if held else number
             held.append(line)
             size += len(line.encode())
@@ -108,7 +114,7 @@ def read_text(path: Path, layout: Layout) -> Iterator[Row]:
 
 def _joined(lines: list[str], unit: str) -> str:
     text = "".join(lines)
-    return text if unit == "file" else text.rstrip("\n")
+    return text if unit != "paragraph" else text.rstrip("\n")
 
 
 def read_csv(path: Path, layout: Layout) -> Iterator[Row]:

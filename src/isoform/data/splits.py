@@ -115,8 +115,8 @@ def load_splits(
     for name, number in overlap.documents.items():
         if number == 0:
             raise DataError(
-                f"the split {name} has no documents ({splits[name].name}); give more documents, a smaller `data.unit`, "
-                "or other shares"
+                f"the split {name} has no documents ({splits[name].name}); give more documents, other shares, "
+                "or a smaller `data.unit` (`piece` for one long text)"
             )
     splits, dropped = _after_policy(splits, overlap, data)
     documents = {name: number - (dropped if name == "train" else 0) for name, number in overlap.documents.items()}
