@@ -346,3 +346,18 @@ def test_manifest_is_json_without_infinities(make, tmp_path):
     result = train(make(), tmp_path / "run", quiet=True)
     json.loads((result.folder / "manifest.json").read_text(), parse_constant=lambda name: pytest.fail(name))
     assert run_module.differences({"a": {"b": 1}}, {"a": {"b": 2}}) == ["a.b: 1 -> 2"]
+
+
+def test_a_split_may_be_scored_at_a_length_of_its_own(make, tmp_path):
+    """Windows of the same text, longer than in training: fewer of them, every byte once."""
+    rotary = {"text": {"max_tokens": 8}, "model": {"position": {"kind": "rope"}}}
+    twice = train(make({**rotary, "evaluate": {"max_tokens": {"dev": 16}}}), tmp_path / "twice", quiet=True)
+    once = train(make(rotary), tmp_path / "once", quiet=True)
+    assert same(weights(twice.folder), weights(once.folder)), "training is the same"
+    long, short = (next(row for row in run.rows if row["metric"] == "bits_per_byte") for run in (twice, once))
+    assert long["n"] < short["n"] and long["value"] != short["value"]
+    for position in ("learned", "rope"):
+        wrong = {**rotary, "model": {"position": {"kind": position}}}
+        split = "dev" if position == "learned" else "absent"
+        with pytest.raises(ConfigError, match=rf"evaluate\.max_tokens\.{split}: "):
+            prepare(make({**wrong, "evaluate": {"max_tokens": {split: 16}}}))

@@ -254,11 +254,13 @@ def _run(layout: Layout, folder: Path, arm: str, seed: int) -> dict[str, Any]:
 
 def _summary(layout: Layout, folder: Path, arm: str) -> list[dict[str, Any]]:
     """Mean over seeds with its interval, for every metric and split that was scored."""
-    pairs = [(layout.study.compare.metric, layout.study.compare.split)]
-    outside = layout.study.arms[arm].results
-    if outside is None:
+    compared = (layout.study.compare.metric, layout.study.compare.split)
+    pairs = [compared]
+    if layout.study.arms[arm].results is None:
         rows = read_json(folder / layout.chain(arm, layout.seeds[0])[-1].folder / "eval.json")
-        pairs += [(row["metric"], row["split"]) for row in rows if (row["metric"], row["split"]) not in pairs]
+        measured = list(dict.fromkeys((row["metric"], row["split"]) for row in rows))
+        # An arm that no question is about, with an objective of its own, may have only metrics of its own.
+        pairs = sorted(measured, key=lambda pair: pair != compared)
     summary = []
     for metric, split in pairs:
         scores = _scores(layout, folder, arm, metric, split)

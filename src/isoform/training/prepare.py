@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,19 +121,13 @@ def prepare(
     objective: Objective = with_routing(objective_class(objective_options, tokenizer, max_tokens), model)
     _check_scoring(config, objective, set(splits.splits), for_training)
     _check_ability(config, objective, model, family_name)
-    datasets = {
-        name: build_dataset(
-            source,
-            tokenizer,
-            objective,
-            config.data,
-            max_tokens,
-            cache_folder(),
-            keep_documents=name != "train",
-        )
-        for name, source in splits.splits.items()
-        if for_training or name != "train"
-    }
+    datasets = _datasets(
+        config,
+        {name: source for name, source in splits.splits.items() if for_training or name != "train"},
+        tokenizer,
+        lambda length: objective if length == max_tokens else objective_class(objective_options, tokenizer, length),
+        model,
+    )
     batch_plan, num_steps = _batches(config, objective, datasets.get("train")) if for_training else (None, 0)
     if batch_plan is not None:
         schedule_options.warmup(num_steps)
@@ -164,6 +158,35 @@ def _check_ability(config: RunConfig, objective: Objective, model: Any, family_n
             f"objective.kind: {config.objective['kind']} needs a model that is {' and '.join(sorted(missing))}; "
             f"{family_name} is {', '.join(sorted(model.capabilities))}; families that can: {', '.join(able) or 'none'}"
         )
+
+
+def _datasets(
+    config: RunConfig,
+    sources: dict[str, Source],
+    tokenizer: TextTokenizer,
+    objective_for: Callable[[int], Objective],
+    model: Any,
+) -> dict[str, Dataset]:
+    """Each split's token store, at its own length where `evaluate.max_tokens` names one.
+
+    Raises: ConfigError where the model cannot tell so many positions apart.
+    """
+    position = getattr(model, "position", None)
+    limit = model.max_positions if position is None else position.limit
+    for name, length in config.evaluate.max_tokens.items():
+        where = f"evaluate.max_tokens.{name}"
+        if name not in sources or name == "train":
+            raise ConfigError(f"{where}: no split of that name is scored; the data has {', '.join(sorted(sources))}")
+        if limit is not None and length > limit:
+            raise ConfigError(f"{where}: {length} given, but the model has {limit} positions; leave the split out")
+    datasets = {}
+    for name, source in sources.items():
+        length = config.evaluate.max_tokens.get(name, config.text.max_tokens)
+        objective, keep = objective_for(length), name != "train"
+        datasets[name] = build_dataset(
+            source, tokenizer, objective, config.data, length, cache_folder(), keep_documents=keep
+        )
+    return datasets
 
 
 def _check_scoring(config: RunConfig, objective: Objective, splits: set[str], for_training: bool) -> None:
