@@ -201,8 +201,8 @@ class EvaluateConfig(Section):
     max_examples: Positive | None = None
     # of each split, evenly spaced and so the same for every model, that are scored at the end; null: all
     batch_tokens: Positive = 32_768
-    max_tokens: dict[str, Positive] = {}
-    # split -> context length that its texts are scored at, where it is not text.max_tokens
+    max_tokens: dict[str, Positive | None] = {}
+    # split -> context length that its texts are scored at; null, and for splits not named: text.max_tokens
     max_new_tokens: Positive = 64
     beams: Annotated[Beams | None, BeforeValidator(_beams)] = None
     # of generated answers: a number, or {num_beams, length_penalty, early_stopping}; null: greedy

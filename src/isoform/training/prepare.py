@@ -173,7 +173,8 @@ def _datasets(
     """
     position = getattr(model, "position", None)
     limit = model.max_positions if position is None else position.limit
-    for name, length in config.evaluate.max_tokens.items():
+    lengths = {name: length for name, length in config.evaluate.max_tokens.items() if length is not None}
+    for name, length in lengths.items():
         where = f"evaluate.max_tokens.{name}"
         if name not in sources or name == "train":
             raise ConfigError(f"{where}: no split of that name is scored; the data has {', '.join(sorted(sources))}")
@@ -181,7 +182,7 @@ def _datasets(
             raise ConfigError(f"{where}: {length} given, but the model has {limit} positions; leave the split out")
     datasets = {}
     for name, source in sources.items():
-        length = config.evaluate.max_tokens.get(name, config.text.max_tokens)
+        length = lengths.get(name, config.text.max_tokens)
         objective, keep = objective_for(length), name != "train"
         datasets[name] = build_dataset(
             source, tokenizer, objective, config.data, length, cache_folder(), keep_documents=keep
