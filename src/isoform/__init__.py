@@ -25,6 +25,7 @@ __all__ = [
     "compare",
     "doctor",
     "evaluate",
+    "export",
     "generate",
     "load",
     "passport",
@@ -252,6 +253,20 @@ def report(folder: str | Path, *, to: Literal["html", "md"] = "html") -> Path:
     from isoform.studies.report import write_report
 
     return write_report(Path(folder), to)
+
+
+def export(model: str | Path, to: Literal["hf", "onnx", "gguf"], *, out: str | Path | None = None) -> dict[str, Any]:
+    """Writes a model for another program, reads it again there in a fresh process, and compares what both make of it.
+
+    Returns: {path, format, model, reader, output, num_tokens, error, largest_difference, compared, notes}.
+    Raises: CheckpointError with the reason where there is no such form, or with the largest difference; nothing is
+    left behind.
+    """
+    from dataclasses import asdict
+
+    from isoform.checkpoints.export import export_model
+
+    return asdict(export_model(model, to, Path(out) if out is not None else None))
 
 
 def recipes() -> list[dict[str, str]]:

@@ -243,6 +243,23 @@ def report(
 
 
 @app.command()
+def export(
+    model: Model,
+    to: Annotated[Literal["hf", "onnx", "gguf"], typer.Option("--to", help="hf, onnx or gguf")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder to write to; default: export/FORMAT in the run.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model for another program, and prove that this program makes the same of it."""
+    import isoform
+    from isoform.studies.listings import print_export
+
+    values = isoform.export(model, to, out=out)
+    _print_json(values) if as_json else print_export(values, _console())
+
+
+@app.command()
 def recipes(as_json: Json = False) -> None:
     """What there is to run."""
     import isoform

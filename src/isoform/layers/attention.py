@@ -19,6 +19,20 @@ from isoform.layers.dropout import DropoutSite
 from isoform.layers.relative import Relative
 
 
+class Padded(Sequences):
+    """Sequences that stand in a rectangle `(b, t)` of which n = b t places are read, padding at either end among them.
+
+    For a graph that must not know lengths (ONNX): there `attend` takes the dense form. real: bool `(b, t)`, where no
+    padding stands. Between tokens there may be none.
+    """
+
+    __slots__ = ("real",)
+
+    def __init__(self, real: Tensor) -> None:
+        super().__init__(())
+        self.real = real
+
+
 def attend(
     query: Tensor,
     key: Tensor,
@@ -42,6 +56,14 @@ def attend(
     Shapes: query `(n, h, k)`, key and value `(m, g, k)` -> `(n, h, k)`.
     Source: Vaswani et al. 2017, section 3.2; grouped heads: Ainslie et al. 2023. Differs: nothing.
     """
+    if isinstance(queries, Padded) and isinstance(keys, Padded):
+        visible = _visible(queries, keys, causal=causal, window=window)
+        values = None if relative is None else relative.values
+        rectangles = [states.unflatten(0, side.real.shape) for states, side in ((query, queries), (key, keys))]
+        mixed = attend_dense(
+            *rectangles, value.unflatten(0, keys.real.shape), visible, slopes=slopes, scale=scale, relative=values
+        )
+        return mixed.flatten(0, 1)  # (b, t, h, k) -> (n, h, k)
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -79,6 +101,14 @@ def attend_dense(
         scores = scores + relative[:, distance(t, s, scores.device).clamp(-reach, reach) + reach]  # (h, t, s)
     scores = scores.masked_fill(~visible[:, None], float("-inf"))
     return torch.einsum("bhts,bshk->bthk", scores.softmax(dim=-1), value)
+
+
+def _visible(queries: Padded, keys: Padded, *, causal: bool, window: int | None) -> Tensor:
+    """bool `(b, t, s)`: real keys only; of its own sequence a place always sees itself, so that no row is empty."""
+    t, s = queries.real.shape[1], keys.real.shape[1]
+    device = keys.real.device
+    seen = keys.real[:, None] & visibility(t, s, causal=causal, window=window, device=device)
+    return seen | (distance(t, s, device) == 0) if queries is keys else seen
 
 
 def distance(t: int, s: int, device: torch.device) -> Tensor:

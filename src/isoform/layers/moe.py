@@ -88,6 +88,8 @@ class MixtureOfExperts(nn.Module):
         """The experts' weighted sum `(n, d)`, and the router logits `(n, e)` in float32 or wider."""
         logits = self._router_logits(hidden)
         chosen, weights = choose(logits, self.config.active, self.config.softmax)
+        if torch.compiler.is_exporting():
+            return self._every(hidden, torch.zeros_like(logits).scatter(1, chosen, weights)), logits
         count = torch.bincount(chosen.flatten(), minlength=self.config.experts)
         order = chosen.flatten().argsort(stable=True)  # (n k,) the choices, by expert
         every = hidden[:, None].expand(-1, self.config.active, -1).flatten(0, 1)  # (n k, d)
@@ -95,6 +97,13 @@ class MixtureOfExperts(nn.Module):
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         each = mixed.index_select(0, place).view(*chosen.shape, -1)  # (n, k, d), as the tokens stood
         return (each * weights[..., None].to(each.dtype)).sum(dim=1), logits
+
+    def _every(self, hidden: Tensor, weights: Tensor) -> Tensor:
+        """The same sum through all experts, weights `(n, e)` being 0 where not chosen: a graph cannot sort tokens."""
+        matrices = [self.up.weight, self.down.weight] + ([self.gate.weight] if self.expert.gated else [])
+        experts = enumerate(zip(*(matrix.unbind(0) for matrix in matrices), strict=True))
+        each = [self._expert(hidden, *expert) * weights[:, index, None].to(hidden.dtype) for index, expert in experts]
+        return torch.stack(each).sum(dim=0)
 
     def _router_logits(self, hidden: Tensor) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):

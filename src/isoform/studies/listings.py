@@ -103,6 +103,19 @@ def print_recipes(rows: Sequence[dict[str, str]], console: Console) -> None:
     print_table(console, ["recipe", "kind", "about"], [[row["name"], row["kind"], row["about"]] for row in rows], 3)
 
 
+def print_export(values: dict[str, Any], console: Console) -> None:
+    """Where it is, what was compared, what whoever loads it must know."""
+    also = f", and equal {', '.join(values['compared'])}" if values["compared"] else ""
+    agreement = (
+        f"read again by {values['reader']} in a fresh process: {values['output']} of {values['num_tokens']} tokens, "
+        f"relative error {values['error']:.1e}, largest difference {values['largest_difference']:.1e}{also}"
+    )
+    print_line(console, "✓", agreement, "green")
+    for note in values["notes"]:
+        print_line(console, "·", note)
+    print_line(console, "", str(values["path"]))
+
+
 def print_findings(rows: Sequence[dict[str, str]], console: Console) -> None:
     for row in rows:
         sign, style = _LEVELS[row["level"]]
