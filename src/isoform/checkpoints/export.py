@@ -94,6 +94,10 @@ def export_model(path: str | Path, to: str, out: Path | None = None) -> Exported
     if target.exists() and not (target / RECORD).is_file():
         raise ConfigError(f"--out: {target} is there and is no earlier export; name another folder, or remove it")
     loaded = folders.load_model(path)
+    if loaded.info.get("base") is not None:
+        raise CheckpointError(
+            f"{path}: an adapter on {loaded.info['base']}; other programs read a whole model: merge it into its base"
+        )
     with storage.staged_folder(target) as staged:
         written = _write(staged, loaded, to)
         found = _verify(staged, loaded, to, written)

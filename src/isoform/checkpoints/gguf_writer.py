@@ -108,7 +108,7 @@ def why_not(loaded: LoadedModel) -> str | None:
 def _unread(form: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of config.json that stand in the file and are not read from there by transformers."""
     if form["model_type"] == "gpt2":
-        plain = {"n_positions": 1024, "n_inner": None}
+        plain: dict[str, Any] = {"n_positions": 1024, "n_inner": None}
         inner = form["n_inner"] if form["n_inner"] != 4 * form["n_embd"] else None
         given = {"n_positions": form["n_positions"], "n_inner": inner}
     else:

@@ -26,6 +26,7 @@ from isoform import storage
 from isoform.checkpoints import tensors
 from isoform.checkpoints.reload import ONNX_FILE
 from isoform.contracts import Batch
+from isoform.errors import CheckpointError
 from isoform.layers.attention import Padded
 
 # A protocol buffer holds at most 2 GiB; larger weights stand in a file of their own.
@@ -94,21 +95,24 @@ def write_onnx(folder: Path, model: Any) -> None:
     """Writes model.onnx, beside it model.onnx.data where one file cannot hold the weights."""
     model = model.to(torch.float32).eval()
     names = input_names(model)
-    example = {name: torch.ones(EXAMPLE_ROWS, EXAMPLE_TOKENS, dtype=torch.int64) for name in names}
     # The target's length is another size than the source's.
-    for name in [name for name in names if name.startswith("decoder")]:
-        example[name] = example[name][:, :-2]
+    lengths = {name: EXAMPLE_TOKENS - 2 * name.startswith("decoder") for name in names}
+    example = {name: torch.ones(EXAMPLE_ROWS, length, dtype=torch.int64) for name, length in lengths.items()}
     axes = {name: {0: "batch", 1: "decoder_length" if name.startswith("decoder") else "length"} for name in names}
-    with _quiet(), torch.no_grad():
-        program = torch.onnx.export(
-            Dense(model),
-            kwargs=example,
-            dynamo=True,
-            dynamic_shapes=axes,
-            input_names=names,
-            output_names=["last_hidden_state" if gives_hidden(model) else "logits"],
-            verbose=False,
-        )
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                Dense(model),
+                kwargs=example,
+                dynamo=True,
+                dynamic_shapes=axes,
+                input_names=names,
+                output_names=["last_hidden_state" if gives_hidden(model) else "logits"],
+                verbose=False,
+            )
+    except torch.onnx.OnnxExporterError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise CheckpointError(f"--to onnx: not exported: torch.onnx does not take the model: {reason[:300]}") from error
     assert program is not None, "the exporter by torch.export returns a program"
     if tensors.num_bytes(model.state_dict()) > MOST_BYTES_WITHIN:
         program.save(folder / ONNX_FILE, external_data=True)
