@@ -48,7 +48,7 @@ def flops_per_token(model: Any, context_tokens: int) -> tuple[int, int]:
     config: Any = model.config
     matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear | ExpertLinear))
     matrices -= sum(layer.idle_parameters for layer in _mixtures(model))
-    if config.tied and getattr(config, "head", None) != "none":
+    if config.tied and getattr(config, "head", None) != "none" and getattr(model, "classifier", None) is None:
         matrices += model.get_parameter("embedding.weight").numel()
     attention = sum(
         4 * layer.num_heads * layer.head_width * mean_visible(context_tokens, layer.window, causal=layer.causal)

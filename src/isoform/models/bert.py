@@ -22,7 +22,7 @@ from isoform.layers.block import Block, SelfAttention, Stream
 from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout, name_sites, token_keys
 from isoform.layers.init import embedding, initialize, linear
-from isoform.models import bert_forms, encoder
+from isoform.models import bert_forms, encoder, heads
 from isoform.models.border import dense_logits
 from isoform.registry import Options, build_options, component, lookup, register
 
@@ -38,9 +38,10 @@ class Bert(nn.Module):
     Source: see the head of this file. Differs: nothing; first values of all matrices are N(0, 0.02^2).
     """
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"bidirectional"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"bidirectional", "classify"})
     hf_model_types: ClassVar[tuple[str, ...]] = ("bert",)
     hugging_face: ClassVar[encoder.HuggingFace] = bert_forms.BERT
+    classifier_shape: ClassVar[heads.Shape] = heads.BERT
     # The head's own activation; None: that of the feed-forward layers.
     head_activation: ClassVar[str | None] = None
 
@@ -73,6 +74,8 @@ class Bert(nn.Module):
         # whether the last matrix of the head is the embedding
         pooler: Literal["none", "plain", "next-sentence"] = "none"
         # of the first token, for a whole text; next-sentence: with BERT's own classifier on it
+        classifier: heads.Classifier | None = None
+        # of whole texts; the objective `classify` brings it
 
         @field_validator("position", "norm", "feedforward")
         @classmethod
@@ -96,7 +99,7 @@ class Bert(nn.Module):
     def __init__(self, config: Any, seed: int | None = 0) -> None:
         """Draws the parameters from `seed`; None leaves them undrawn, for weights that are loaded at once."""
         super().__init__()
-        vocab_size, width, heads = encoder.vocabulary(config), config.width, config.num_heads
+        vocab_size, width, num_heads = encoder.vocabulary(config), config.width, config.num_heads
         self.config = config
         self.max_positions: int | None = config.max_positions
         norm_class, norm = component("norm", config.norm, "model.norm")
@@ -106,7 +109,7 @@ class Bert(nn.Module):
         self.embedding = embedding(vocab_size, width)
         self.segment_embedding = embedding(config.num_segments, width) if config.num_segments else None
         self.position = position_class(
-            position, width=width, num_heads=heads, head_width=width // heads, max_positions=rows
+            position, width=width, num_heads=num_heads, head_width=width // num_heads, max_positions=rows
         )
         self.input_norm = norm_class(norm, width)
         self.input_dropout = Dropout(config.dropout)
@@ -114,8 +117,8 @@ class Bert(nn.Module):
             Block(
                 SelfAttention(
                     width,
-                    heads,
-                    heads,
+                    num_heads,
+                    num_heads,
                     layer=layer,
                     causal=False,
                     window=config.window,
@@ -138,6 +141,7 @@ class Bert(nn.Module):
         )
         self.pooler = None if config.pooler == "none" else linear(width, width, bias=True)
         self.next_sentence = linear(width, 2, bias=True) if config.pooler == "next-sentence" else None
+        self.classifier = heads.build(self.classifier_shape, config)
         name_sites(self)
         if seed is not None:
             initialize(self, seed, num_layers=None)
@@ -150,7 +154,8 @@ class Bert(nn.Module):
         embedded = self.embedding(batch.tokens)
         if self.segment_embedding is not None:
             table = self.segment_embedding
-            embedded = embedded + (table.weight[0] if batch.segments is None else table(batch.segments))
+            alone = batch.segments is None or table.num_embeddings == 1
+            embedded = embedded + (table.weight[0] if alone else table(batch.segments))
         embedded = self.position.embed(embedded, batch.positions + self.config.position_offset)
         hidden = self.input_dropout(self.input_norm(embedded), keys)
         layers = [hidden]
@@ -190,7 +195,7 @@ class Bert(nn.Module):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Any:
         """Our config from a config.json of `hf_model_types`. Raises: ConfigError."""
-        return build_options(cls, cls.hugging_face.options(config), "config.json")
+        return build_options(cls, cls.hugging_face.options(cls, config), "config.json")
 
     @classmethod
     def state_from_hf(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -218,6 +223,7 @@ class Roberta(Bert):
 
     hf_model_types: ClassVar[tuple[str, ...]] = ("roberta",)
     hugging_face: ClassVar[encoder.HuggingFace] = bert_forms.ROBERTA
+    classifier_shape: ClassVar[heads.Shape] = heads.ROBERTA
     head_activation: ClassVar[str | None] = "gelu"
 
     class Config(Bert.Config):

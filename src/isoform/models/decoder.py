@@ -17,7 +17,7 @@ from isoform.layers.block import Stream
 from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout, token_keys
 from isoform.layers.position import Position
-from isoform.models import names
+from isoform.models import heads, names
 from isoform.models.border import dense_logits
 from isoform.registry import build_options
 
@@ -54,9 +54,10 @@ class Decoder(nn.Module):
     Shapes: tokens `(n,)`, hidden `(n, d)`, logits `(m, v)` at the m places that ask.
     """
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"causal", "cache"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"causal", "cache", "classify"})
     hf_model_types: ClassVar[tuple[str, ...]]
     forms: ClassVar[Forms]
+    classifier_shape: ClassVar[heads.Shape] = heads.DECODER
 
     config: Any
     max_positions: int | None
@@ -67,6 +68,7 @@ class Decoder(nn.Module):
     final_norm: nn.Module
     head: nn.Linear | None
     # None: the head is the embedding
+    classifier: heads.ClassificationHead | None
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None, all_layers: bool = False) -> Output:
         self._check_length(batch.sequences, cache)
@@ -115,7 +117,10 @@ class Decoder(nn.Module):
         model_type, reason = cls.forms.choose(config)
         if model_type is None:
             return None, reason
-        form = cls.forms.write_config(config, model_type)
+        broken = heads.why_not(cls.classifier_shape, config)
+        if broken:
+            return None, f"{model_type} in transformers has no {', no '.join(broken)}"
+        form = heads.written(cls.classifier_shape, config, cls.forms.write_config(config, model_type))
         if cls.from_hf(form).resolved() != config.resolved():
             # What the form cannot say (a fixed position table, left-out biases) is read again from here.
             form["isoform"] = config.model_dump(mode="json")
@@ -124,7 +129,10 @@ class Decoder(nn.Module):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Any:
         """Our config from a config.json of `hf_model_types`. Raises: ConfigError."""
-        return build_options(cls, dict(config.get("isoform") or cls.forms.read_config(config)), "config.json")
+        stored = config.get(names.TENSOR_NAMES)
+        found = heads.read(cls.classifier_shape, cls, config, stored)
+        options = config.get("isoform") or {**cls.forms.read_config(config), **found}
+        return build_options(cls, dict(options), "config.json")
 
     @classmethod
     def to_hf(cls, config: Any) -> dict[str, Any]:
@@ -137,10 +145,15 @@ class Decoder(nn.Module):
     @classmethod
     def state_from_hf(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors under our names. Raises: CheckpointError naming what is unknown, missing or not ours."""
-        ours, model_type = cls.from_hf(config), str(config["model_type"])
+        ours = cls.from_hf({**config, names.TENSOR_NAMES: list(tensors)})
+        model_type = str(config["model_type"])
         expected = cls.undrawn(ours).state_dict()
         theirs = cls.forms.with_prefix(tensors, model_type)
-        return names.to_ours(theirs, cls.forms.table(ours, model_type), ours.num_layers, expected)
+        return names.to_ours(theirs, cls._table(ours, model_type), ours.num_layers, expected)
+
+    @classmethod
+    def _table(cls, config: Any, model_type: str) -> names.Table:
+        return {**cls.forms.table(config, model_type), **heads.table(cls.classifier_shape, config)}
 
     @classmethod
     def undrawn(cls, config: Any) -> Self:
@@ -153,7 +166,7 @@ class Decoder(nn.Module):
     def state_to_hf(self) -> dict[str, Tensor]:
         """Our tensors under their names. Raises: ConfigError where there is no form."""
         model_type = str(self.to_hf(self.config)["model_type"])
-        return names.to_theirs(self.state_dict(), self.forms.table(self.config, model_type), self.config.num_layers)
+        return names.to_theirs(self.state_dict(), self._table(self.config, model_type), self.config.num_layers)
 
 
 def check_shape(config: Any, head_width: int | None = None) -> int:

@@ -12,7 +12,7 @@ from pydantic import NonNegativeInt, model_validator
 from isoform.config import Positive
 from isoform.errors import ConfigError
 from isoform.layers.dropout import Dropout
-from isoform.models import distilbert_forms, encoder
+from isoform.models import distilbert_forms, encoder, heads
 from isoform.models.bert import Bert
 from isoform.registry import register
 
@@ -32,6 +32,7 @@ class DistilBert(Bert):
 
     hf_model_types: ClassVar[tuple[str, ...]] = ("distilbert",)
     hugging_face: ClassVar[encoder.HuggingFace] = distilbert_forms.DISTILBERT
+    classifier_shape: ClassVar[heads.Shape] = heads.DISTILBERT
 
     class Config(Bert.Config):
         num_layers: Positive = 6

@@ -13,11 +13,8 @@ from torch.nn import functional as F
 from isoform.contracts import Sequences
 from isoform.errors import ConfigError
 from isoform.layers.init import linear
-from isoform.models import names
-
-# Under this key `checkpoints.folders` adds the names of the stored tensors to a config.json: they say which heads a
-# folder has, which its `architectures` often does not.
-TENSOR_NAMES = "tensor_names"
+from isoform.models import heads, names
+from isoform.models.names import TENSOR_NAMES
 
 
 class MaskedHead(nn.Module):
@@ -106,25 +103,26 @@ class HuggingFace:
 
     def form(self, cls: Any, config: Any) -> tuple[dict[str, Any] | None, str | None]:
         """(config.json, None), or (None, the reason why there is none)."""
-        broken = self.why_not(config)
+        broken = [*self.why_not(config), *heads.why_not(cls.classifier_shape, config)]
         if broken:
             return None, f"{' and '.join(cls.hf_model_types)} in transformers has no {', no '.join(broken)}"
-        form = self.write(config)
+        form = heads.written(cls.classifier_shape, config, self.write(config))
         if cls.from_hf(form).resolved != config.resolved:
             # What the form cannot say (a fixed position table) is read again from here.
             form["isoform"] = config.model_dump(mode="json")
         return form, None
 
-    def options(self, config: Mapping[str, Any]) -> dict[str, Any]:
+    def options(self, cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our options from config.json. Raises: ConfigError naming the field that our model cannot follow."""
-        return dict(config.get("isoform") or self.read(config))
+        found = heads.read(cls.classifier_shape, cls, config, stored_names(config))
+        return dict(config.get("isoform") or {**self.read(config), **found})
 
     def state_in(self, cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors under our names. Raises: CheckpointError naming what is unknown, missing or not ours."""
         ours = cls.from_hf({**config, TENSOR_NAMES: list(tensors)})
         with torch.device("meta"):
             expected = cls(ours, seed=None).state_dict()
-        return names.to_ours(self.renamed(tensors), self.table(ours), ours.num_layers, expected)
+        return names.to_ours(self.renamed(tensors), self._whole(cls, ours), ours.num_layers, expected)
 
     def state_out(self, model: Any) -> dict[str, Tensor]:
         """Our tensors under their names. Raises: ConfigError where there is no form."""
@@ -132,7 +130,11 @@ class HuggingFace:
         if form is None:
             raise ConfigError(f"model: no Hugging Face form: {reason}")
         config = model.config
-        return self.stored(config, names.to_theirs(model.state_dict(), self.table(config), config.num_layers))
+        tensors = names.to_theirs(model.state_dict(), self._whole(type(model), config), config.num_layers)
+        return tensors if config.classifier is not None else self.stored(config, tensors)
+
+    def _whole(self, cls: Any, config: Any) -> names.Table:
+        return {**self.table(config), **heads.table(cls.classifier_shape, config)}
 
 
 def stored_names(config: Mapping[str, Any]) -> list[str] | None:

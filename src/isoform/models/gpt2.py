@@ -17,6 +17,7 @@ from isoform.layers.dropout import Dropout, name_sites
 from isoform.layers.init import embedding, initialize, linear
 from isoform.models import gpt2_forms
 from isoform.models.decoder import Decoder, Forms, check_shape
+from isoform.models.heads import Classifier, build
 from isoform.registry import Options, component, register
 
 Rate = Field(None, ge=0, lt=1)
@@ -64,6 +65,8 @@ class GPT2(Decoder):
         # whether the head is the embedding
         bias: bool = True
         # of the linear layers in blocks
+        classifier: Classifier | None = None
+        # of whole texts; the objective `classify` brings it
 
         @field_validator("position", "norm", "feedforward")
         @classmethod
@@ -128,7 +131,8 @@ class GPT2(Decoder):
             for layer in range(config.num_layers)
         )
         self.final_norm = norm_class(norm, width) if config.norm_first else nn.Identity()
-        self.head = None if config.tied else linear(width, vocab_size, bias=False)
+        self.classifier = build(self.classifier_shape, config)
+        self.head = None if config.tied or self.classifier else linear(width, vocab_size, bias=False)
         name_sites(self)
         if seed is not None:
             initialize(self, seed, num_layers=config.num_layers)

@@ -19,6 +19,7 @@ from isoform.layers.dropout import Dropout, name_sites
 from isoform.layers.init import embedding, initialize, linear
 from isoform.models import llama_forms
 from isoform.models.decoder import Decoder, Forms, check_shape
+from isoform.models.heads import Classifier, build
 from isoform.registry import Options, component, lookup, register
 
 # A gated layer of 2/3 the width has the parameters of a plain one; rounded up, so that matrices are friendly.
@@ -66,6 +67,8 @@ class Llama(Decoder):
         attention_bias: bool = False
         feedforward_bias: bool = False
         # of the linear layers in blocks
+        classifier: Classifier | None = None
+        # of whole texts; the objective `classify` brings it
 
         @field_validator("position", "norm", "feedforward")
         @classmethod
@@ -124,7 +127,8 @@ class Llama(Decoder):
             for layer in range(config.num_layers)
         )
         self.final_norm = norm_class(norm, width)
-        self.head = None if config.tied else linear(width, vocab_size, bias=False)
+        self.classifier = build(self.classifier_shape, config)
+        self.head = None if config.tied or self.classifier else linear(width, vocab_size, bias=False)
         name_sites(self)
         if seed is not None:
             initialize(self, seed, num_layers=config.num_layers)

@@ -22,7 +22,7 @@ from isoform.layers.dropout import Dropout, name_sites, token_keys
 from isoform.layers.init import embedding, initialize, linear
 from isoform.layers.norm import LayerNorm
 from isoform.layers.position import Rope
-from isoform.models import encoder, modernbert_forms
+from isoform.models import encoder, heads, modernbert_forms
 from isoform.models.border import dense_logits
 from isoform.registry import Options, build_options, register
 
@@ -88,9 +88,10 @@ class ModernBert(nn.Module):
     Source: see the head of this file. Differs: first values are not cut off at two standard deviations.
     """
 
-    capabilities: ClassVar[frozenset[str]] = frozenset({"bidirectional"})
+    capabilities: ClassVar[frozenset[str]] = frozenset({"bidirectional", "classify"})
     hf_model_types: ClassVar[tuple[str, ...]] = ("modernbert",)
     hugging_face: ClassVar[encoder.HuggingFace] = modernbert_forms.MODERNBERT
+    classifier_shape: ClassVar[heads.Shape] = heads.MODERNBERT
 
     class Config(Options):
         num_layers: Positive = 22
@@ -117,6 +118,8 @@ class ModernBert(nn.Module):
         # whether it guesses tokens, or is an encoder alone
         tied: bool = True
         # whether the last matrix of the head is the embedding
+        classifier: heads.Classifier | None = None
+        # of whole texts; the objective `classify` brings it
 
         @model_validator(mode="before")
         @classmethod
@@ -166,6 +169,7 @@ class ModernBert(nn.Module):
             if config.head == "masked"
             else None
         )
+        self.classifier = heads.build(self.classifier_shape, config)
         name_sites(self)
         if seed is not None:
             initialize(self, seed, num_layers=config.num_layers)
@@ -204,7 +208,7 @@ class ModernBert(nn.Module):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
         """Our config from a config.json of `hf_model_types`. Raises: ConfigError."""
-        options: ModernBert.Config = build_options(cls, cls.hugging_face.options(config), "config.json")
+        options: ModernBert.Config = build_options(cls, cls.hugging_face.options(cls, config), "config.json")
         return options
 
     @classmethod

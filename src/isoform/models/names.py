@@ -45,6 +45,10 @@ class Place:
 
 Table = Mapping[str, Place | None]
 
+# Under this key `checkpoints.folders` adds the names of the stored tensors to a config.json: they say which heads a
+# folder has, which its `architectures` often does not.
+TENSOR_NAMES = "tensor_names"
+
 
 def expand(table: Table, num_layers: int) -> dict[str, Place | None]:
     """The table with every `{}` replaced by each layer's number."""

@@ -1,0 +1,263 @@
+"""Classifiers on top of every family: a text becomes one vector, and that a score for each label.
+
+    logits = scores dropout(norm(act(dense pooled)))        pooled: its first token, its last, or the mean of all
+
+Which of the parts between pooling and scores there are is the family's choice, as in its `*ForSequenceClassification`
+in transformers; `Shape` tells them apart. A model has a classifier where its config says so, so that folders carry it
+like any other part, its labels in `id2label`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from isoform.contracts import Batch, Sequences
+from isoform.layers import ragged
+from isoform.layers.dropout import Dropout, token_keys
+from isoform.layers.init import linear
+from isoform.layers.norm import LayerNorm
+from isoform.models.names import Place, Table
+from isoform.registry import Options
+
+Task = Literal["single-label", "multi-label", "regression"]
+Pooling = Literal["cls", "mean", "last"]
+# Ours -> `problem_type` of config.json.
+PROBLEMS: dict[Task, str] = {
+    "single-label": "single_label_classification",
+    "multi-label": "multi_label_classification",
+    "regression": "regression",
+}
+CLASS_ENDING = re.compile(r"(Model|LMHeadModel|ForCausalLM|ForMaskedLM)$")
+CLASSIFIES = "ForSequenceClassification"
+
+
+class Classifier(Options):
+    """What a classifier decides: its labels, in the order of its scores."""
+
+    labels: tuple[str, ...] = Field(min_length=1)
+    # names; of a regression the name of its number
+    task: Task = "single-label"
+    pooling: Pooling = "cls"
+    # cls: the first token stands for the text; last: the last one; mean: all of them
+    dropout: float = Field(0.0, ge=0, lt=1)
+    # before the scores
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Self:
+        if len(set(self.labels)) < len(self.labels):
+            raise ValueError(f"labels {', '.join(self.labels)}: a name stands there twice")
+        if self.task == "single-label" and len(self.labels) < 2:
+            raise ValueError(f"one label, {self.labels[0]!r}: there is nothing to tell apart")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a family's classifier is made of, and what transformers calls it.
+
+    poolings: those that its class in transformers has, its own first; pooling_field: where config.json names one.
+    activation: None where there is no dense layer. norm: whether a norm follows it. drops_input: whether dropout also
+    stands before the dense layer. dropout: the family's rate, from its config; dropout_field: its name in config.json;
+    stored_dropout: the rate that a config.json means.
+    names: our layer -> theirs. carried: a layer of other heads of ours -> the layer here that begins with its weights.
+    """
+
+    names: Mapping[str, str]
+    poolings: tuple[Pooling, ...] = ("cls",)
+    pooling_field: str | None = None
+    activation: Callable[[Tensor], Tensor] | None = None
+    dense_bias: bool = True
+    norm: bool = False
+    scores_bias: bool = True
+    drops_input: bool = False
+    dropout: Callable[[Any], float] = lambda config: 0.0
+    dropout_field: str | None = None
+    stored_dropout: Callable[[Mapping[str, Any]], float] = lambda given: 0.0
+    carried: Mapping[str, str] = field(default_factory=dict)
+
+
+class ClassificationHead(nn.Module):
+    """Scores of each sequence's labels.
+
+    logits = scores dropout(norm(act(dense pooled))), without the parts that the family has not
+
+    Shapes: hidden `(n, d)` -> `(b, c)`, c the labels; filler gets scores too.
+    Source: the `*ForSequenceClassification` of HF, with which logits agree for the poolings that it has.
+    Differs: what is pooled has no padding in it.
+    """
+
+    def __init__(self, shape: Shape, config: Classifier, width: int, norm_eps: float) -> None:
+        super().__init__()
+        self.pooling = config.pooling
+        self.activation = shape.activation
+        self.input_dropout = Dropout(config.dropout if shape.drops_input else 0.0)
+        self.dense = linear(width, width, bias=shape.dense_bias) if shape.activation is not None else None
+        self.norm = LayerNorm(LayerNorm.Config(eps=norm_eps, bias=False), width) if shape.norm else None
+        self.dropout = Dropout(config.dropout)
+        self.scores = linear(width, len(config.labels), bias=shape.scores_bias)
+
+    def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
+        keys = token_keys(batch)
+        if keys is not None:
+            keys = keys[torch.tensor(ragged.starts(batch.sequences), device=keys.device)]  # (n,) -> (b,)
+        pooled = pool(hidden, batch.sequences, self.pooling)
+        if self.dense is not None and self.activation is not None:
+            pooled = self.activation(self.dense(self.input_dropout(pooled, keys)))
+        if self.norm is not None:
+            pooled = self.norm(pooled)
+        logits: Tensor = self.scores(self.dropout(pooled, keys))
+        return logits
+
+
+def pool(hidden: Tensor, sequences: Sequences, pooling: Pooling) -> Tensor:
+    """One vector for each sequence: its first token's, its last token's, or the mean of all: `(n, d)` -> `(b, d)`."""
+    if pooling == "cls":
+        return hidden[torch.tensor(ragged.starts(sequences), device=hidden.device)]
+    if pooling == "last":
+        return hidden[ragged.last_tokens(sequences, hidden.device)]
+    sums = hidden.new_zeros(len(sequences), hidden.shape[1])
+    sums = sums.index_add(0, ragged.rows(sequences, hidden.device), hidden)
+    return sums / torch.tensor(sequences.lengths, dtype=hidden.dtype, device=hidden.device)[:, None]
+
+
+def build(shape: Shape, config: Any) -> ClassificationHead | None:
+    """The classifier that a family's config asks for."""
+    if config.classifier is None:
+        return None
+    return ClassificationHead(shape, config.classifier, config.width, getattr(config, "norm_eps", 1e-5))
+
+
+def attach(model: Any, wanted: Classifier, seed: int) -> Any:
+    """The model with a classifier in place of its other heads; what is new is drawn from the seed.
+
+    Layers of other heads that the family's classifier begins with (BERT's pooler) keep their weights.
+    """
+    cls = type(model)
+    grown = cls(model.config.model_copy(update={"classifier": wanted, **without_heads(cls.Config)}), seed=seed)
+    state = grown.state_dict()
+    for name, tensor in model.state_dict().items():
+        layer, _, kind = name.rpartition(".")
+        place = f"{cls.classifier_shape.carried.get(layer, layer)}.{kind}"
+        if place in state and not name.startswith("classifier."):
+            state[place] = tensor
+    grown.load_state_dict(state)
+    return grown
+
+
+def without_heads(options: type[Any]) -> dict[str, str]:
+    """The options by which a family leaves out its other heads; options: its `Config`."""
+    return {name: "none" for name in ("head", "pooler") if name in options.model_fields}
+
+
+# ------------------------------------------------------------------------------------------------------ Hugging Face
+
+
+def why_not(shape: Shape, config: Any) -> list[str]:
+    """What the classifier has and that of transformers has not."""
+    if config.classifier is None:
+        return []
+    pooling = config.classifier.pooling
+    others = [name for name in without_heads(type(config)) if getattr(config, name) != "none"]
+    reasons = [] if pooling in shape.poolings else [f"pooling {pooling} (its own: {', '.join(shape.poolings)})"]
+    return reasons + [f"{name} beside a classifier" for name in others]
+
+
+def written(shape: Shape, config: Any, form: dict[str, Any]) -> dict[str, Any]:
+    """config.json of a model, with its classifier."""
+    classifier = config.classifier
+    if classifier is None:
+        return form
+    fields = {shape.pooling_field: classifier.pooling, shape.dropout_field: classifier.dropout}
+    return {
+        **form,
+        "architectures": [CLASS_ENDING.sub("", form["architectures"][0]) + CLASSIFIES],
+        "id2label": {str(place): name for place, name in enumerate(classifier.labels)},
+        "label2id": {name: place for place, name in enumerate(classifier.labels)},
+        "problem_type": PROBLEMS[classifier.task],
+        **{name: value for name, value in fields.items() if name is not None},
+    }
+
+
+def read(shape: Shape, family: type[Any], given: Mapping[str, Any], stored: list[str] | None) -> dict[str, Any]:
+    """Our options of a classifier, where config.json and the names of the stored tensors speak of one."""
+    architecture = str(next(iter(given.get("architectures") or [""])))
+    there = architecture.endswith(CLASSIFIES) or (not architecture and stored is not None)
+    if not there or (stored is not None and f"{shape.names['scores']}.weight" not in stored):
+        return {}
+    labels = given.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers does not write down
+    names = [str(labels[place]) for place in sorted(labels, key=int)]
+    task = next((ours for ours, theirs in PROBLEMS.items() if theirs == given.get("problem_type")), None)
+    classifier = {
+        "labels": names,
+        "task": task or ("regression" if len(names) == 1 else "single-label"),
+        "pooling": given.get(shape.pooling_field or "", shape.poolings[0]),
+        "dropout": shape.stored_dropout(given),
+    }
+    return {"classifier": classifier, **without_heads(family.Config)}
+
+
+def table(shape: Shape, config: Any) -> Table:
+    """Their names -> our places, of the classifier alone."""
+    if config.classifier is None:
+        return {}
+    return {
+        f"{theirs}.{kind}": Place(f"classifier.{ours}.{kind}")
+        for ours, theirs in shape.names.items()
+        for kind in ("weight", "bias")
+        if (ours, kind) not in _without_bias(shape)
+    }
+
+
+def _without_bias(shape: Shape) -> set[tuple[str, str]]:
+    layers = {"dense": shape.dense_bias, "norm": False, "scores": shape.scores_bias}
+    return {(layer, "bias") for layer, bias in layers.items() if not bias}
+
+
+def _bert_dropout(given: Mapping[str, Any]) -> float:
+    rate = given.get("classifier_dropout")
+    return float(given.get("hidden_dropout_prob", 0.1) if rate is None else rate)
+
+
+BERT = Shape(
+    names={"dense": "bert.pooler.dense", "scores": "classifier"},
+    activation=torch.tanh,
+    dropout=lambda config: float(config.dropout),
+    dropout_field="classifier_dropout",
+    stored_dropout=_bert_dropout,
+    carried={"pooler": "classifier.dense"},
+)
+ROBERTA = Shape(
+    names={"dense": "classifier.dense", "scores": "classifier.out_proj"},
+    activation=torch.tanh,
+    drops_input=True,
+    dropout=lambda config: float(config.dropout),
+    dropout_field="classifier_dropout",
+    stored_dropout=_bert_dropout,
+)
+DISTILBERT = Shape(
+    names={"dense": "pre_classifier", "scores": "classifier"},
+    activation=F.relu,
+    dropout=lambda config: 0.2,
+    dropout_field="seq_classif_dropout",
+    stored_dropout=lambda given: float(given.get("seq_classif_dropout", 0.2)),
+)
+MODERNBERT = Shape(
+    names={"dense": "head.dense", "norm": "head.norm", "scores": "classifier"},
+    poolings=("cls", "mean"),
+    pooling_field="classifier_pooling",
+    activation=F.gelu,
+    dense_bias=False,
+    norm=True,
+    dropout_field="classifier_dropout",
+    stored_dropout=lambda given: float(given.get("classifier_dropout", 0.0)),
+    carried={"head.dense": "classifier.dense", "head.norm": "classifier.norm"},
+)
+DECODER = Shape(names={"scores": "score"}, poolings=("last",), scores_bias=False)
