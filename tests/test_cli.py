@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import isoform
-from isoform import chance
+from isoform import chance, machine
 from isoform.cli import main
+from isoform.errors import IsoformWarning
 from isoform.storage import locked
 
 CONFIG = """
@@ -152,6 +153,69 @@ def test_one_long_text_is_split_by_the_recipe_that_is_made_for_it(folder):
     changes += ["train.select.max_examples=4", "train.schedule.warmup_steps=1"]
     rows = isoform.train("shakespeare-char-small", set=changes, out=folder / "run")
     assert {row["split"] for row in rows} == {"dev"} and all(row["n"] == 4 for row in rows)
+
+
+def test_a_folder_that_cannot_be_made(monkeypatch, capsys):
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml", "--out", "lines.txt")
+    assert code == 6 and "lines.txt" in line
+
+
+def test_a_refused_run_leaves_nothing(monkeypatch, capsys):
+    refused(monkeypatch, capsys, "train", "tiny.yaml", "--set", "train.batch_sequences=500", "--out", "runs/none")
+    assert not Path("runs/none").exists()
+
+
+@pytest.mark.parametrize("option", ["model.position.knd=rope", "train.schedule.warmup_step=3"])
+def test_a_component_without_a_kind(monkeypatch, capsys, option):
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml", "--set", option)
+    key = option.split("=")[0].rpartition(".")[2]
+    assert code == 2 and f"`kind` is missing beside {key!r}" in line
+    assert ("did you mean `kind` by 'knd'?" in line) == (key == "knd")
+
+
+def test_a_mistake_of_a_whole_section_is_said_without_the_section(monkeypatch, capsys):
+    code, line = refused(monkeypatch, capsys, "study", "quickstart", "--set", "questions=[{pair: [scratch, nope]}]")
+    assert code == 2 and line.startswith("isoform: questions.0.pair: 'nope' is not an arm")
+
+
+def test_changed_data_is_shown(monkeypatch, capsys):
+    assert run(monkeypatch, capsys, "train", "tiny.yaml")[0] == 0
+    with Path("lines.txt").open("a") as file:
+        file.write("one line more.\n")
+    code, line = refused(monkeypatch, capsys, "train", "tiny.yaml")
+    assert code == 3 and "the data has changed since this run began: splits." in line and " -> " in line
+
+
+def test_the_precision_of_a_run_is_chosen_once(monkeypatch, capsys, folder):
+    change("tiny.yaml", "precision: fp32", "precision: auto")
+    monkeypatch.setattr(machine, "fast_bf16", lambda: True)
+    assert run(monkeypatch, capsys, "train", "tiny.yaml", "--set", "train.max_steps=2", "--out", "run")[0] == 0
+    manifest = json.loads((folder / "run" / "manifest.json").read_text())
+    assert manifest["precision"] == "bf16"
+    (folder / "run" / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    monkeypatch.setattr(machine, "fast_bf16", lambda: False)
+    words = ("train", "tiny.yaml", "--set", "train.max_steps=2", "--out", "run", "--resume")
+    assert run(monkeypatch, capsys, *words)[0] == 0
+    again = json.loads((folder / "run" / "manifest.json").read_text())
+    assert (again["precision"], again["started"]) == ("bf16", manifest["started"])
+
+
+def test_inputs_of_every_form_and_characters_that_nobody_knows(monkeypatch, capsys, folder):
+    assert run(monkeypatch, capsys, "train", "pairs.yaml")[0] == 0
+    asked = ["What is sun 0?", "What is Ä 1?"]
+    (folder / "in.txt").write_text("\n".join(asked))
+    (folder / "in.csv").write_text("\n".join(asked))
+    (folder / "in.jsonl").write_text("".join(json.dumps({"question": text}) + "\n" for text in asked))
+    for name in ("in.txt", "in.csv", "in.jsonl"):
+        code, told, errors = run(monkeypatch, capsys, "predict", "runs/pairs", "--in", name, "--json")
+        assert code == 0 and [row["input"] for row in json.loads(told)] == asked
+        assert "1 input tokens were unknown" in errors
+    with pytest.warns(IsoformWarning, match="1 input tokens were unknown"):
+        assert len(isoform.predict("runs/pairs", asked[1])) == 1
+    with pytest.warns(IsoformWarning, match="1 input tokens were unknown"):
+        list(isoform.generate("runs/pairs", "Ä", max_new_tokens=1))
+    code, line = refused(monkeypatch, capsys, "predict", "runs/pairs", "sun", "--out", "answers.xlsx")
+    assert code == 2 and ".csv, .jsonl or .txt" in line and not Path("answers.xlsx").exists()
 
 
 def test_no_such_run(monkeypatch, capsys):

@@ -155,12 +155,14 @@ def _cache() -> Path:
     return cache_folder()
 
 
-def predict(model: str | Path, inputs: Iterable[str]) -> list[dict[str, Any]]:
+def predict(model: str | Path, inputs: str | Iterable[str]) -> list[dict[str, Any]]:
     """One object an input, in order: {input, answer}."""
-    from isoform.serving.use import open_model
+    from isoform.serving.use import open_model, tell_unknown
     from isoform.serving.use import predict as answer
 
-    return [prediction.as_dict() for prediction in answer(open_model(model), inputs)]
+    answers = list(answer(open_model(model), [inputs] if isinstance(inputs, str) else inputs))
+    tell_unknown(sum(prediction.num_unknown for prediction in answers))
+    return [prediction.as_dict() for prediction in answers]
 
 
 def generate(
@@ -201,14 +203,15 @@ def generate(
     )
 
 
-def load(path: str | Path) -> LoadedModel:
+def load(path: str | Path, *, base: str | Path | None = None) -> LoadedModel:
     """A model with its tokenizer from a run, an isoform or Hugging Face folder, or `hf:owner/name[@revision]`.
 
+    base: of an adapter, where its folder does not say (see `checkpoints.adapters`).
     Raises: CheckpointError that names what is missing, unknown or refused.
     """
     from isoform.checkpoints.folders import load_model
 
-    return load_model(path)
+    return load_model(path, base=base)
 
 
 def plan(config: Config, *, set: Sequence[str] = (), seeds: int | None = None, attempt: bool = False) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,7 +21,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Recipe = Annotated[str, typer.Argument(help="A recipe's name (see `isoform recipes`) or a YAML file.")]
+Recipe = Annotated[
+    str, typer.Argument(metavar="CONFIG", help="A recipe's name (see `isoform recipes`) or a YAML file.")
+]
 Model = Annotated[str, typer.Argument(help="A run, a model folder, a .gguf file, pkg:NAME or hf:owner/name.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a field; may be repeated.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: runs/NAME.")]
@@ -123,7 +126,9 @@ def predict(
         count, unknown = write_answers(answers, out)
         typer.echo(f"{count} answers written to {out}" + _unknown(unknown))
     elif as_json:
-        _print_json([item.as_dict() for item in answers])
+        found = list(answers)
+        _print_json([item.as_dict() for item in found])
+        _say_unknown(sum(item.num_unknown for item in found))
     else:
         _say_unknown(print_answers(answers, _console()))
 
@@ -290,6 +295,22 @@ def _console() -> Any:
     return Console()
 
 
+def _show_warnings_as_lines() -> None:
+    """Our own warnings are for the reader, one line each; those of libraries stay as they are."""
+    from isoform.errors import IsoformWarning
+
+    default = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+        if issubclass(category, IsoformWarning):
+            typer.echo(f"isoform: {message}", err=True)
+        else:
+            default(message, category, *place, **more)
+
+    warnings.showwarning = show
+    warnings.simplefilter("always", IsoformWarning)
+
+
 def main() -> None:
     """The command `isoform`: a person's mistake is one line and an exit code; ours is a traceback."""
     from isoform.errors import IsoformError
@@ -297,12 +318,14 @@ def main() -> None:
     # Read when torch is loaded. A thread that spins while it waits takes the core from whatever else runs here, and
     # then from the thread that it waits for: steps become ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    _show_warnings_as_lines()
     try:
         app()
     except IsoformError as error:
         typer.echo(f"isoform: {error}", err=True)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
+        typer.echo("isoform: stopped before there was anything to save", err=True)
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(0) from None

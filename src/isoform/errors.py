@@ -5,6 +5,10 @@ Every message is one line: what was given, what was expected, where to change it
 """
 
 
+class IsoformWarning(UserWarning):
+    """What a person should know, though the work goes on: one line."""
+
+
 class IsoformError(Exception):
     """A mistake that the reader can mend; `exit_code` is what the command returns."""
 

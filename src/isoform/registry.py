@@ -26,6 +26,7 @@ ROOMS = {
     "position": "isoform.layers",
     "feedforward": "isoform.layers",
     "model": "isoform.models",
+    "adapter": "isoform.models",
     "tokenizer": "isoform.text",
     "objective": "isoform.objectives",
     "metric": "isoform.evaluation",
@@ -142,7 +143,11 @@ def build_options(cls: type[Any], options: dict[str, Any], where: str) -> Any:
 def component(category: str, options: dict[str, Any], where: str) -> tuple[type[Any], Any]:
     """The class and its options for a section such as `{kind: rope, base: 10000}`."""
     if "kind" not in options:
-        raise ConfigError(f"{where}: `kind` is missing; known: {', '.join(names(category))}")
+        given = f" beside {', '.join(map(repr, options))}" if options else ""
+        close = next(
+            filter(None, (f"; did you mean `kind` by {key!r}?" for key in options if nearest(key, ["kind"]))), ""
+        )
+        raise ConfigError(f"{where}: `kind` is missing{given}{close}; known kinds: {', '.join(names(category))}")
     cls = lookup(category, str(options["kind"]), f"{where}.kind")
     return cls, build_options(cls, {key: value for key, value in options.items() if key != "kind"}, where)
 
@@ -167,8 +172,9 @@ def explain(error: ValidationError, where: str, model: type[BaseModel]) -> str:
     message = first["msg"].removeprefix("Value error, ")
     more = len(error.errors()) - 1
     tail = f" ({more} more mistake{'s' if more > 1 else ''} after this one)" if more else ""
-    given = "" if first["type"] == "missing" else f" given {first['input']!r}:"
-    return f"{field}:{given} {message[0].lower()}{message[1:]}{tail}"
+    # What is said of a section as a whole names the field itself; the section written out would bury it.
+    given = "" if first["type"] == "missing" or isinstance(first["input"], dict) else f" given {first['input']!r}:"
+    return f"{field + ':' if field else ''}{given} {message[0].lower()}{message[1:]}{tail}".strip()
 
 
 def _section(model: type[BaseModel], path: list[str]) -> type[BaseModel] | None:

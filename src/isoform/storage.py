@@ -248,7 +248,10 @@ def locked(folder: Path) -> Iterator[None]:
     Raises: LockedError with the holder's process id.
     """
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, FileNotFoundError) as error:
+            raise DiskError(f"cannot make the folder {folder}: {error.strerror}; choose another --out") from error
         file: IO[str] = (folder / ".lock").open("a+")
     with file:
         try:

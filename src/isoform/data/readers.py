@@ -122,6 +122,7 @@ def read_csv(path: Path, layout: Layout) -> Iterator[Row]:
     csv.field_size_limit(MAX_LINE_BYTES)
     reader = csv.reader((line for _, line in read_lines(path)), strict=True)
     columns = layout.columns
+    width = 0
     while True:
         row_starts = reader.line_num + 1
         try:
@@ -135,12 +136,13 @@ def read_csv(path: Path, layout: Layout) -> Iterator[Row]:
         if columns is None:
             columns = _header(cells, path, row_starts)
             continue
-        if len(cells) != len(columns):
+        width = width or (_width(cells, columns, layout) if layout.columns else len(columns))
+        if len(cells) != width:
             raise DataError(
-                f"{path}:{row_starts}: {len(cells)} columns given, {len(columns)} expected ({', '.join(columns)}); "
+                f"{path}:{row_starts}: {len(cells)} columns given, {width} expected ({', '.join(columns[:width])}); "
                 "quote a text that contains a comma"
             )
-        yield row_starts, dict(zip(columns, cells, strict=True))
+        yield row_starts, dict(zip(columns, cells, strict=False))
 
 
 def read_tsv(path: Path, layout: Layout) -> Iterator[Row]:

@@ -223,7 +223,8 @@ def _origin(spec: str, data: DataConfig, layout: Layout) -> Origin:
         return Origin(spec, (FileTable(spec, path, Layout()),))
     path = Path(data.root or ".") / Path(spec).expanduser()
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder; `data.root` is {data.root or 'the working folder'}")
+        under = f"; `data.root` is {data.root}" if data.root and not Path(spec).is_absolute() else ""
+        raise DataError(f"{path}: no such file or folder{under}")
     return Origin(spec, tuple(_files(spec, path, layout)))
 
 
