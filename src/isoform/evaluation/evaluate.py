@@ -20,7 +20,7 @@ from isoform.config import Beams
 from isoform.contracts import IGNORE, Encoded, Metric, Model, Objective, Prompt, Sample
 from isoform.errors import ConfigError
 from isoform.evaluation.generate import generate
-from isoform.evaluation.metrics import Judge, build_metrics, result_row
+from isoform.evaluation.metrics import Judge, build_metrics, columns_of, result_row
 
 if TYPE_CHECKING:
     import torch
@@ -116,6 +116,8 @@ def evaluate(
     mine = list(range(rank, len(dataset), world))
     rows: dict[int, dict[str, Any]] = {index: _empty_row(dataset[index], split) for index in mine}
     judged: set[int] = set()
+    # What an objective that does not generate says of each example.
+    shown: Callable[[Encoded, Mapping[str, float]], dict[str, Any]] | None = getattr(objective, "shown", None)
     if wanted & PSEUDO_COLUMNS:
         for index, stats in _one_by_one(way, objective, dataset, mine):
             rows[index]["stats"].update(stats)
@@ -124,13 +126,20 @@ def evaluate(
             if tells and _is_told(objective, dataset[index], max_new_tokens):
                 stats |= {"correct": float(stats["correct_tokens"] == stats["tokens"]), "examples": 1.0}
                 judged.add(index)
-            rows[index]["stats"].update({name: value for name, value in stats.items() if name in wanted})
+            if shown is not None and keep_predictions != 0:
+                rows[index].update(shown(dataset[index], stats))
+            rows[index]["stats"].update({name: value for name, value in stats.items() if _reads(wanted, name)})
     if judges:
         _answers(way, objective, dataset, {index: rows[index] for index in mine if index not in judged}, judges)
     gathered = sorted(gather(list(rows.items())))
     predictions = _distinct_ids([row for _, row in gathered])
     kept = predictions if keep_predictions is None else predictions[:keep_predictions]
     return Evaluation(_result_rows(chosen, split, predictions, confidence), kept)
+
+
+def _reads(wanted: set[str], column: str) -> bool:
+    """Whether a column is wanted, by its name or as one of many: `hits.*`."""
+    return column in wanted or f"{column.partition('.')[0]}.*" in wanted
 
 
 def _empty_row(encoded: Encoded, split: str) -> dict[str, Any]:
@@ -140,7 +149,8 @@ def _empty_row(encoded: Encoded, split: str) -> dict[str, Any]:
 def _result_rows(
     metrics: Sequence[Metric], split: str, predictions: Sequence[Mapping[str, Any]], confidence: float
 ) -> list[dict[str, Any]]:
-    columns = {column for metric in metrics for column in metric.columns}
+    available = predictions[0]["stats"] if predictions else {}
+    columns = {column for metric in metrics for column in columns_of(metric, available)}
     present = [column for column in columns if predictions and all(column in row["stats"] for row in predictions)]
     stats = {column: np.array([row["stats"][column] for row in predictions]) for column in present}
     return [result_row(metric, split, stats, confidence) for metric in metrics]
@@ -169,7 +179,7 @@ def _likelihoods(
 
     for first in range(0, len(indices), POOL_SAMPLES):
         pool = [(index, _fixed_sample(objective, dataset[index])) for index in indices[first : first + POOL_SAMPLES]]
-        for group in _token_batches(pool, way.batch_tokens):
+        for group in token_batches(pool, way.batch_tokens):
             batch = collate([sample for _, sample in group]).to(way.device)
             with torch.no_grad(), way.autocast():
                 found = objective.statistics(way.model, batch, way.model(batch))
@@ -194,7 +204,7 @@ def _one_by_one(
         )
     for index in indices:
         stats = dict.fromkeys(PSEUDO_COLUMNS, 0.0)
-        for group in _token_batches([(index, sample) for sample in views(dataset[index])], way.batch_tokens):
+        for group in token_batches([(index, sample) for sample in views(dataset[index])], way.batch_tokens):
             batch = collate([sample for _, sample in group]).to(way.device)
             with torch.no_grad(), way.autocast():
                 found = objective.statistics(way.model, batch, way.model(batch))
@@ -207,7 +217,7 @@ def _fixed_sample(objective: Objective, encoded: Encoded) -> Sample:
     return objective.prepare(encoded, chance.generator("evaluation", encoded.id))
 
 
-def _token_batches(pool: Sequence[tuple[int, Sample]], batch_tokens: int) -> Iterator[list[tuple[int, Sample]]]:
+def token_batches(pool: Sequence[tuple[int, Sample]], batch_tokens: int) -> Iterator[list[tuple[int, Sample]]]:
     """Samples of like length together, at most `batch_tokens` tokens a batch."""
     group: list[tuple[int, Sample]] = []
     size = 0

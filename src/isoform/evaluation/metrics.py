@@ -143,6 +143,20 @@ def build_metrics(names: Iterable[str], where: str = "evaluate.metrics") -> list
     return [lookup("metric", name, where)() for name in names]
 
 
+def columns_of(metric: Any, available: Iterable[str]) -> tuple[str, ...]:
+    """The columns that a metric reads of those that examples have: `hits.*` stands for all that begin with `hits.`.
+
+    What nothing stands for is named as it is.
+    """
+    there = list(available)
+    found: list[str] = []
+    for column in metric.columns:
+        stem = column.removesuffix("*")
+        found += [name for name in there if name.startswith(stem)] if stem != column else [column]
+        found += [column] if stem != column and not any(name.startswith(stem) for name in there) else []
+    return tuple(found)
+
+
 class StreamingMetrics:
     """Sums of the statistics of however many examples, in float64; two halves may be added together."""
 
@@ -170,7 +184,7 @@ class StreamingMetrics:
 
 def metric_value(metric: Metric, sums: Mapping[str, float]) -> float | None:
     """The metric of summed columns, or None where it is not a finite number."""
-    if any(column not in sums for column in metric.columns):
+    if any(column not in sums for column in columns_of(metric, sums)):
         return None
     value = float(metric.value(sums))
     return value if math.isfinite(value) else None
@@ -181,7 +195,7 @@ def result_row(metric: Metric, split: str, stats: Mapping[str, Floats], confiden
 
     `n` counts the examples; `low` and `high` bound the value over examples drawn like these, the model being fixed.
     """
-    columns = {column: stats[column] for column in metric.columns if column in stats}
+    columns = {column: stats[column] for column in columns_of(metric, stats) if column in stats}
     value = metric_value(metric, {column: math.fsum(values) for column, values in columns.items()})
     low, high = (None, None) if value is None else interval(metric, columns, confidence)
     n = len(next(iter(columns.values()))) if columns else 0
@@ -199,7 +213,8 @@ def interval(metric: Metric, stats: Mapping[str, Floats], confidence: float) -> 
     """
     from scipy import special
 
-    columns = np.stack([np.asarray(stats[column], dtype=np.float64) for column in metric.columns])
+    names = columns_of(metric, stats)
+    columns = np.stack([np.asarray(stats[column], dtype=np.float64) for column in names])
     n = columns.shape[1]
     if n < 2 or not np.isfinite(columns).all():
         return None, None
@@ -210,7 +225,7 @@ def interval(metric: Metric, stats: Mapping[str, Floats], confidence: float) -> 
     log_scale = metric.unit == "perplexity"
 
     def at(point: Floats) -> float:
-        value = float(metric.value(dict(zip(metric.columns, point, strict=True))))
+        value = float(metric.value(dict(zip(names, point, strict=True))))
         return math.log(value) if log_scale else value
 
     gradient = np.array([_slope(at, sums, index) for index in range(len(sums))])

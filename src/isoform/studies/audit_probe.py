@@ -131,6 +131,8 @@ class Probe:
     def outputs(self, model: Any, batch: Batch) -> Tensor:
         """Hidden states of every token and the scores at some places, without dropout: `(n, d + v)` flattened."""
         hidden = model(batch).hidden
+        if getattr(model, "classifier", None) is not None:
+            return torch.cat([hidden.flatten(), model.classifier(hidden, batch).flatten()])
         return torch.cat([hidden.flatten(), model.logits(hidden[:: max(1, len(hidden) // 32)]).flatten()])
 
 

@@ -1,0 +1,100 @@
+"""Metrics of classifiers from additive counts equal those of scikit-learn and scipy, alone and in halves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import pearsonr
+from sklearn import metrics as oracle
+
+from isoform.evaluation.metrics import build_metrics, columns_of, result_row
+from isoform.objectives.classify import METRICS
+
+AVERAGED = ("precision", "recall", "f1")
+
+
+def columns(gold: np.ndarray, said: np.ndarray, num_labels: int) -> dict[str, np.ndarray]:
+    """Statistics of examples from 0-or-1 tables `(n, c)`."""
+    table = {"correct": (gold == said).all(axis=1).astype(float), "examples": np.ones(len(gold))}
+    for at in range(num_labels):
+        table |= {f"gold.{at}": gold[:, at], f"predicted.{at}": said[:, at], f"hits.{at}": gold[:, at] * said[:, at]}
+    return table
+
+
+def value(name: str, table: dict[str, np.ndarray]) -> float:
+    return result_row(build_metrics([name])[0], "dev", table)["value"]
+
+
+@given(st.integers(2, 12), st.integers(2, 40), st.integers(0, 10_000))
+@settings(max_examples=40, deadline=None)
+def test_single_labels(num_labels: int, n: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    gold, said = draw.integers(num_labels, size=n), draw.integers(num_labels, size=n)
+    said = np.where(draw.random(n) < 0.5, gold, said)
+    table = columns(np.eye(num_labels)[gold], np.eye(num_labels)[said], num_labels)
+    assert value("accuracy", table) == pytest.approx(oracle.accuracy_score(gold, said))
+    assert value("mcc", table) == pytest.approx(oracle.matthews_corrcoef(gold, said))
+    for average in ("macro", "weighted"):
+        expected = oracle.precision_recall_fscore_support(gold, said, average=average, zero_division=0)
+        found = [value(f"{average}_{score}", table) for score in AVERAGED]
+        assert found == pytest.approx(list(expected[:3]))
+
+
+@given(st.integers(2, 5), st.integers(2, 40), st.integers(0, 10_000))
+@settings(max_examples=20, deadline=None)
+def test_several_labels(num_labels: int, n: int, seed: int) -> None:
+    draw = np.random.default_rng(seed)
+    gold, said = (draw.integers(2, size=(n, num_labels)).astype(float) for _ in range(2))
+    gold[0] = 1.0  # scikit-learn averages over labels that are nowhere, too
+    table = columns(gold, said, num_labels)
+    assert value("accuracy", table) == pytest.approx(oracle.accuracy_score(gold, said))
+    for average in ("macro", "weighted"):
+        expected = oracle.precision_recall_fscore_support(gold, said, average=average, zero_division=0)
+        assert [value(f"{average}_{score}", table) for score in AVERAGED] == pytest.approx(list(expected[:3]))
+
+
+def test_numbers() -> None:
+    draw = np.random.default_rng(0)
+    expected = draw.normal(size=50)
+    said = expected + draw.normal(size=50)
+    table = {
+        "squared_error": (said - expected) ** 2,
+        "absolute_error": abs(said - expected),
+        "said": said,
+        "expected": expected,
+        "said_squared": said**2,
+        "expected_squared": expected**2,
+        "product": said * expected,
+        "examples": np.ones(50),
+    }
+    assert value("mse", table) == pytest.approx(oracle.mean_squared_error(expected, said))
+    assert value("mae", table) == pytest.approx(oracle.mean_absolute_error(expected, said))
+    assert value("pearson", table) == pytest.approx(pearsonr(expected, said).statistic)
+
+
+def test_an_interval_holds_the_value_and_arrays_are_as_their_rows() -> None:
+    draw = np.random.default_rng(1)
+    gold, said = draw.integers(3, size=(2, 200))
+    table = columns(np.eye(3)[gold], np.eye(3)[said], 3)
+    for name in ("macro_f1", "mcc", "weighted_precision"):
+        metric = build_metrics([name])[0]
+        row = result_row(metric, "dev", table)
+        assert row["low"] < row["value"] < row["high"]
+        without = {column: table[column].sum() - table[column] for column in columns_of(metric, table)}
+        many = metric.value(without)
+        one = metric.value({column: values[7] for column, values in without.items()})
+        assert many.shape == (200,) and many[7] == pytest.approx(one)
+
+
+def test_a_label_beyond_nine_keeps_its_place() -> None:
+    gold = np.arange(12)
+    table = columns(np.eye(12)[gold], np.eye(12)[gold], 12)
+    assert value("mcc", table) == pytest.approx(1.0)
+
+
+def test_every_metric_of_the_objective_is_known_and_says_what_is_missing() -> None:
+    for names in METRICS.values():
+        for metric in build_metrics(names):
+            assert result_row(metric, "dev", {})["value"] is None
