@@ -6,6 +6,7 @@ import contextlib
 import csv
 import dataclasses
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,12 +21,14 @@ from isoform import machine
 from isoform.checkpoints.folders import LoadedModel, load_model
 from isoform.config import Beams, DataConfig, RunConfig, run_config
 from isoform.contracts import Document, Objective, Prompt
+from isoform.data.batches import collate
 from isoform.data.corpus import build_dataset
 from isoform.data.identity import content_hash
+from isoform.data.readers import read_lines
 from isoform.data.sources import open_source
 from isoform.data.splits import load_splits
-from isoform.errors import CheckpointError, ConfigError
-from isoform.evaluation.evaluate import Evaluation, evaluate
+from isoform.errors import CheckpointError, ConfigError, IsoformWarning
+from isoform.evaluation.evaluate import Evaluation, evaluate, token_batches
 from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, text_stream
 from isoform.registry import component
 from isoform.storage import json_line, locked, read_json, staged_file, write_json
@@ -66,7 +69,11 @@ def open_model(path: str | Path, *, precision: str | None = None, max_tokens: in
         limit = max_tokens or loaded.model.max_positions or RunConfig().text.max_tokens
         kinds = {"bidirectional": "masked", "encoder-decoder": "text-to-text"}
         kind = next((kinds[ability] for ability in kinds if ability in loaded.model.capabilities), "causal")
-        values = {"text": {"max_tokens": int(limit)}, "model": {"from": str(path)}, "objective": {"kind": kind}}
+        objective_section: dict[str, Any] = {"kind": kind}
+        classifier = getattr(loaded.config, "classifier", None)
+        if classifier is not None:
+            objective_section = {"kind": "classify", "task": classifier.task, "labels": list(classifier.labels)}
+        values = {"text": {"max_tokens": int(limit)}, "model": {"from": str(path)}, "objective": objective_section}
         config = run_config(values)
     cls, options = component("objective", config.objective, "objective")
     objective: Objective = cls(options, loaded.tokenizer, config.text.max_tokens)
@@ -112,8 +119,10 @@ def score(
     if data is not None:
         asked, name = outside_data(opened.config.data, data), "train"
     else:
-        asked, name = opened.config.data, split or "test"
+        asked, name = opened.config.data, split
     splits = load_splits(asked, opened.objective.alternatives)
+    # Nothing asked: the split that is kept for the end, or else the one that there is.
+    name = name or next((kept for kept in ("test", "dev", "holdout") if kept in splits.splits), "test")
     if name not in splits.splits:
         known = ", ".join(splits.splits) or "no split"
         raise ConfigError(f"--split {name}: the run's data has {known}; or give --data SOURCE")
@@ -163,6 +172,30 @@ def _enter_test_score(folder: Path) -> None:
         write_json(path, manifest)
 
 
+# A text, or the texts of a pair by their columns.
+Input = str | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One label, or several, or a number, with the probability of each label; `num_unknown` as in `Answer`."""
+
+    input: Input
+    label: Any
+    probabilities: Mapping[str, float]
+    num_unknown: int
+
+    def as_dict(self) -> dict[str, Any]:
+        given = self.input if isinstance(self.input, str) else dict(self.input)
+        return {"input": given, "label": self.label, "probabilities": dict(self.probabilities)}
+
+    @property
+    def answer(self) -> str:
+        """What was decided, in one line."""
+        labels = self.label if isinstance(self.label, list) else [self.label]
+        return ", ".join(f"{label:g}" if isinstance(label, float) else str(label) for label in labels)
+
+
 @dataclass(frozen=True)
 class Answer:
     """One prediction; `num_unknown` input tokens were not known to the tokenizer."""
@@ -175,16 +208,38 @@ class Answer:
         return {"input": self.input, "answer": self.answer}
 
 
-def predict(opened: Opened, inputs: Iterable[str]) -> Iterator[Answer]:
-    """One answer an input, in order, streamed in chunks."""
-    chunk: list[str] = []
+def predict(opened: Opened, inputs: Iterable[Input]) -> Iterator[Answer | Decision]:
+    """One answer or decision an input, in order, streamed in chunks. Raises: ConfigError, DataError."""
+    decides = "classify" in opened.objective.needs
+    answers: Callable[[Opened, list[Any]], Iterator[Answer | Decision]] = _decisions if decides else _answers
+    chunk: list[Input] = []
     for text in inputs:
         chunk.append(text)
         if len(chunk) == CHUNK:
-            yield from _answers(opened, chunk)
+            yield from answers(opened, chunk)
             chunk = []
     if chunk:
-        yield from _answers(opened, chunk)
+        yield from answers(opened, chunk)
+
+
+def _decisions(opened: Opened, inputs: list[Input]) -> Iterator[Decision]:
+    objective: Any = opened.objective
+    encoded: list[Any] = []
+    for given in inputs:
+        fields = {objective.inputs[0]: given} if isinstance(given, str) else dict(given)
+        document = Document(str(content_hash(fields)), fields, {"source": "input", "row": len(encoded) + 1})
+        encoded.append(objective.encode(document))
+    samples = [objective.view(one) for one in encoded]
+    unknown = opened.tokenizer.special_ids.get("unk")
+    found: dict[int, dict[str, Any]] = {}
+    for group in token_batches(list(enumerate(samples)), opened.config.evaluate.batch_tokens):
+        batch = collate([sample for _, sample in group]).to(opened.device)
+        with torch.no_grad(), opened.autocast():
+            rows = objective.decided(opened.model, batch, opened.model(batch))
+        found |= {index: row for (index, _), row in zip(group, rows, strict=True)}
+    for index, (given, sample) in enumerate(zip(inputs, samples, strict=True)):
+        num_unknown = 0 if unknown is None else int(np.count_nonzero(sample.tokens == unknown))
+        yield Decision(given, num_unknown=num_unknown, **found[index])
 
 
 def _answers(opened: Opened, texts: list[str]) -> Iterator[Answer]:
@@ -202,6 +257,20 @@ def _answers(opened: Opened, texts: list[str]) -> Iterator[Answer]:
     for text, prompt, generation in zip(texts, prompts, generations, strict=True):
         num_unknown = 0 if unknown is None else int(np.count_nonzero(prompt.tokens == unknown))
         yield Answer(text, opened.tokenizer.decode(generation.tokens), num_unknown)
+
+
+def count_unknown(opened: Opened, text: str) -> int:
+    """Tokens of a text that the tokenizer does not know."""
+    unknown = opened.tokenizer.special_ids.get("unk")
+    return 0 if unknown is None else int((opened.tokenizer.encode(text) == unknown).sum())
+
+
+def tell_unknown(count: int) -> None:
+    """Warns where input tokens are not known."""
+    if count:
+        warnings.warn(
+            f"{count} input tokens were unknown to the tokenizer and read as <unk>", IsoformWarning, stacklevel=3
+        )
 
 
 def _prompt(opened: Opened, fields: Mapping[str, str]) -> Prompt:
@@ -230,6 +299,7 @@ def continue_text(
     if "bidirectional" in opened.model.capabilities:
         raise ConfigError(f"{opened.path}: an encoder, which reads a text from both sides and cannot continue one")
     prompt = _continued(opened, text, chat=chat, max_new_tokens=max_new_tokens)
+    tell_unknown(count_unknown(opened, text))
     # One token at a time is bound by reading the weights once, and autocast would convert all of them each time.
     way: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
@@ -263,34 +333,56 @@ def _continued(opened: Opened, text: str, *, chat: bool, max_new_tokens: int) ->
     return Prompt("prompt", tokens, opened.stop, max_new_tokens, text)
 
 
-def read_inputs(opened: Opened, path: Path | None) -> Iterator[str]:
+def read_inputs(opened: Opened, path: Path | None) -> Iterator[Input]:
     """Inputs from a file, or one a line from standard input.
 
-    A .txt file, and a csv or tsv of a run that names its columns, has one input a line; other files have a header or
-    keys, and the run's first field is read. Raises: DataError with file and line.
+    A .txt file has one input a line; a csv or tsv of a run that names its columns has them, or the first alone; other
+    files have a header or keys, and the run's first field is read. Raises: DataError with file and line.
     """
     if path is None:
         yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         return
-    field, *others = opened.objective.alternatives[0]
-    source = open_source(str(path.resolve()), opened.config.data, ((field,),), tuple(others))
+    if path.suffix == ".txt":
+        yield from (line.rstrip("\n") for _, line in read_lines(path) if line.strip())
+        return
+    alternative = opened.objective.alternatives[0]
+    fields: tuple[str, ...] = getattr(opened.objective, "inputs", alternative[:1])
+    others = tuple(field for field in alternative if field not in fields)
+    source = open_source(str(path.resolve()), opened.config.data, (fields,), others)
     for document in source:
-        yield document.fields[field]
+        texts = {field: document.fields[field] for field in fields}
+        yield texts if len(fields) > 1 else texts[fields[0]]
 
 
-def write_answers(answers: Iterable[Answer], path: Path) -> tuple[int, int]:
-    """Writes .csv (columns input, answer) or .jsonl, streaming; returns (answers, unknown input tokens)."""
+def write_answers(answers: Iterable[Answer | Decision], path: Path) -> tuple[int, int]:
+    """Writes .csv or .jsonl, streaming; returns (answers, unknown input tokens).
+
+    Columns: input, answer; of a classifier each input, label, and `probability NAME` for each label.
+    """
+    if path.suffix not in {".csv", ".jsonl", ".txt"}:
+        raise ConfigError(f"--out {path}: a name that ends in .csv, .jsonl or .txt is expected")
     count = unknown = 0
     with staged_file(path) as file:
         table = csv.writer(file) if path.suffix == ".csv" else None
-        if table is not None:
-            table.writerow(["input", "answer"])
         for answer in answers:
+            if table is not None and count == 0:
+                table.writerow(_cells(answer))
             count, unknown = count + 1, unknown + answer.num_unknown
             if table is not None:
-                table.writerow([answer.input, answer.answer])
+                table.writerow(_cells(answer).values())
             elif path.suffix == ".txt":
                 file.write(answer.answer + "\n")
             else:
                 file.write(json_line(answer.as_dict()))
+        if table is not None and count == 0:
+            table.writerow(["input", "answer"])
     return count, unknown
+
+
+def _cells(answer: Answer | Decision) -> dict[str, Any]:
+    """Column -> value of one row of a csv."""
+    inputs = {"input": answer.input} if isinstance(answer.input, str) else dict(answer.input)
+    if isinstance(answer, Answer):
+        return {**inputs, "answer": answer.answer}
+    shares = {f"probability {name}": f"{share:.6g}" for name, share in answer.probabilities.items()}
+    return {**inputs, "label": answer.answer, **shares}
