@@ -404,6 +404,8 @@ def apply_settings(values: dict[str, Any], settings: list[str]) -> dict[str, Any
             if not isinstance(target.get(part), dict):
                 target[part] = {"kind": target[part]} if isinstance(target.get(part), str) else {}
             target = target[part]
+        if parts[-1] == "from":
+            target.clear()  # the shape of existing weights is fixed: what described another model is void
         target[parts[-1]] = value
     return result
 

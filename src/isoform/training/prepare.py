@@ -100,6 +100,11 @@ def prepare(
     splits = load_splits(config.data, draft.alternatives)
     if for_training and "train" not in splits.splits:
         raise ConfigError("data: no training split; give `data.path` or `data.train`")
+    if hasattr(objective_class, "settled"):  # what it asks for depends on the data: its labels
+        known = None if loaded is None else getattr(loaded.config, "classifier", None)
+        objective_options = objective_class.settled(
+            objective_options, splits.splits["train"] if for_training else None, known
+        )
     tokenizer = loaded.tokenizer if loaded is not None else _tokenizer(config, splits, draft)
     if tokenizer is None:
         raise ConfigError(f"model.from: {start} has no tokenizer; put its tokenizer.json into the folder")
@@ -118,9 +123,13 @@ def prepare(
     limit = model.max_positions
     if limit is not None and limit < max_tokens:
         raise ConfigError(f"text.max_tokens: {max_tokens} given, but the model has {limit} positions; lower it")
-    objective: Objective = with_routing(objective_class(objective_options, tokenizer, max_tokens), model)
+    objective: Objective = objective_class(objective_options, tokenizer, max_tokens)
     _check_scoring(config, objective, set(splits.splits), for_training)
     _check_ability(config, objective, model, family_name)
+    if hasattr(objective, "fitted"):
+        model = objective.fitted(model, config.seed)
+        model_config = model.config
+    objective = with_routing(objective, model)
     datasets = _datasets(
         config,
         {name: source for name, source in splits.splits.items() if for_training or name != "train"},
