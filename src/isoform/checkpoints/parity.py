@@ -65,6 +65,9 @@ def compare(loaded: LoadedModel, folder: Path) -> Parity:
     lengths = [min(length, longest) for length in LENGTHS]
     batch = _batch(lengths, int(model.config.vocab_size), int(theirs.config.pad_token_id or 0))
     ids, mask = _padded(batch)
+    if theirs.config.pad_token_id is None:  # a classifier on the last token looks for it
+        theirs.config.pad_token_id = 0
+    ids = torch.where(mask.bool(), ids, theirs.config.pad_token_id)
     real = mask.bool()
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "encoder-decoder" in model.capabilities:
@@ -75,7 +78,9 @@ def compare(loaded: LoadedModel, folder: Path) -> Parity:
         hidden = model(batch).hidden
         pairs = {} if "logits" in output else {"hidden states": (hidden, output[0][real])}
         scores = output.get("logits", output.get("prediction_logits"))
-        if scores is not None and scores.shape[-1] == model.config.vocab_size and scores.ndim == 3:
+        if scores is not None and getattr(model, "classifier", None) is not None:
+            pairs = {"logits": (model.classifier(hidden, batch), scores)}
+        elif scores is not None and scores.shape[-1] == model.config.vocab_size and scores.ndim == 3:
             pairs["logits"] = (model.logits(hidden), scores[real])
         elif scores is not None:
             pairs["hidden states"] = (hidden, output.hidden_states[-1][real])
