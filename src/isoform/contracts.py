@@ -304,7 +304,8 @@ class Cache(Protocol):
 class Model(Protocol):
     """A family's network. `config` is the family's `Config`; `capabilities` says what objectives may ask of it.
 
-    capabilities: subset of {"causal", "bidirectional", "encoder-decoder", "cache", "classify"}.
+    capabilities: subset of {"causal", "bidirectional", "encoder-decoder", "cache", "classify"}. One that classifies has
+    a part `classifier`, None until an objective brings it: `classifier(hidden, batch)` is `(b, c)`.
     """
 
     config: Any
@@ -327,6 +328,8 @@ class Objective(Protocol):
     enough to train; `optional_fields` may be missing where nothing is scored; `needs` are the model capabilities.
     `stochastic`: whether `prepare` draws (then evaluation uses fixed draws). `windowed`: whether a long document may be
     cut into windows of `window_tokens` tokens of its `text` field before `prepare` sees it.
+    Some have more: `settled` (options that follow from the training documents), `fitted` (the model with what is asked
+    of it), `shown` (what a row of predictions says); `objectives.classify` has all three.
     """
 
     alternatives: tuple[tuple[str, ...], ...]
@@ -377,7 +380,7 @@ class Objective(Protocol):
 class Metric(Protocol):
     """A number made from additive statistics of examples, so that it streams, pairs and bootstraps.
 
-    Each example contributes a row of `columns`; `value` maps summed columns (scalars or arrays of equal shape) to the
+    Each example contributes a row of `columns`, `hits.*` being all that begin with `hits.`; `value` maps summed columns (scalars or arrays of equal shape) to the
     metric. `mean_column`: the column that is itself the per-example score where the metric is their mean, else None.
     """
 
