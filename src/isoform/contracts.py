@@ -380,14 +380,15 @@ class Objective(Protocol):
 class Metric(Protocol):
     """A number made from additive statistics of examples, so that it streams, pairs and bootstraps.
 
-    Each example contributes a row of `columns`, `hits.*` being all that begin with `hits.`; `value` maps summed columns (scalars or arrays of equal shape) to the
-    metric. `mean_column`: the column that is itself the per-example score where the metric is their mean, else None.
+    Each example contributes a row of `columns`, `hits.*` being all that begin with `hits.`; `value` maps summed columns
+    (scalars or arrays of equal shape) to the metric. `mean_column`: the column that is itself the per-example score
+    where the metric is their mean, else None.
     """
 
     name: ClassVar[str]
     higher_is_better: ClassVar[bool]
     columns: ClassVar[tuple[str, ...]]
     mean_column: ClassVar[str | None]
-    unit: ClassVar[str]  # "fraction", "nats", "bits", "perplexity"
+    unit: ClassVar[str]  # "fraction", "nats", "bits", "perplexity", "number"
 
     def value(self, sums: Mapping[str, Any]) -> Any: ...
