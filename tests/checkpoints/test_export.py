@@ -16,8 +16,10 @@ import isoform
 from isoform import storage
 from isoform.checkpoints import export, gguf_writer, onnx, reload
 from isoform.checkpoints.folders import load_model, save_model
+from isoform.cli import main
 from isoform.errors import CheckpointError, ConfigError
 from isoform.layers.rope_scaling import Llama3
+from isoform.models import heads
 from isoform.models.bert import Bert, Roberta
 from isoform.models.distilbert import DistilBert
 from isoform.models.gpt2 import GPT2
@@ -100,6 +102,23 @@ def test_a_hugging_face_folder_takes_labels_and_generation_along(save: Save, tmp
     assert "notes.bin" not in names
     again = isoform.load(tmp_path / "out")
     assert all(torch.equal(t, load_model(folder).model.state_dict()[n]) for n, t in again.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        T5.tiny(num_layers=1),
+        Bert.tiny(num_layers=1, head="none"),
+        Roberta.tiny(num_layers=1),
+        heads.attach(GPT2.tiny(), heads.Classifier(labels=("cold", "warm"), pooling="last"), seed=0),
+    ],
+    ids=["t5", "bert", "roberta", "classifier"],
+)
+def test_folders_of_other_families(model: Any, save: Save, tmp_path: Path, here: None) -> None:
+    tokenizer = Char.train(Char.Config(), ["some characters"])
+    found = isoform.export(save(model, tokenizer), "hf", out=tmp_path / "out")
+    assert found["error"] < 1e-5
+    assert found["output"] == onnx.output_of(model)
 
 
 def test_a_gguf_file_of_gpt2(save: Save, tmp_path: Path) -> None:
@@ -186,12 +205,29 @@ def test_the_dense_graph_of_two_streams() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("cls", "pooling"), [(GPT2, "last"), (Bert, "cls"), (ModernBert, "mean")])
+def test_the_dense_graph_of_a_classifier(cls: Any, pooling: str) -> None:
+    model = shaken(heads.attach(cls.tiny(), heads.Classifier(labels=("cold", "warm"), pooling=pooling), seed=0)).eval()
+    ids = torch.randint(0, 61, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    mask[1, :3] = 0
+    segments = {"token_type_ids": torch.zeros_like(ids)} if cls is Bert else {}
+    with torch.no_grad():
+        found = onnx.Dense(model)(ids, mask, **segments)
+        expected = [
+            export._ours(model, [row[real.bool()].tolist()], "class scores")[0]
+            for row, real in zip(ids, mask, strict=True)
+        ]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+
+
 def test_an_encoder_without_a_head_gives_hidden_states() -> None:
     model = Bert.tiny(head="none", num_segments=0)
-    assert onnx.gives_hidden(model)
+    assert onnx.output_of(model) == "hidden states"
     assert onnx.input_names(model) == ["input_ids", "attention_mask"]
     assert onnx.Dense(model)(*torch.ones(2, 1, 4, dtype=torch.int64)).shape == (1, 4, 32)
-    assert not onnx.gives_hidden(GPT2.tiny())
+    assert onnx.output_of(GPT2.tiny()) == "logits"
     assert onnx.input_names(T5.tiny())[2:] == ["decoder_input_ids", "decoder_attention_mask"]
 
 
@@ -344,9 +380,9 @@ def _request(folder: Path) -> dict[str, Any]:
     """What `export` asks of a folder of Hugging Face."""
     loaded = load_model(folder)
     rows = export._rows(loaded)
-    calls = [export._call(loaded.model, part) for part in (rows, rows[:1])]
+    calls = [export._call(loaded, part) for part in (rows, rows[:1])]
     texts = list(export.TEXTS)
-    return {"format": "hf", "place": str(folder), "settings": {}, "calls": calls, "hidden": False, "texts": texts}
+    return {"format": "hf", "place": str(folder), "settings": {}, "calls": calls, "output": "logits", "texts": texts}
 
 
 def test_a_reader_that_fails_is_quoted(save: Save, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,6 +420,32 @@ def test_a_folder_of_something_else_is_not_replaced(save: Save, tmp_path: Path, 
     (tmp_path / "out" / export.RECORD).write_text("{}")
     isoform.export(folder, "hf", out=tmp_path / "out")
     assert storage.read_json(tmp_path / "out" / export.RECORD)["format"] == "hf"
+
+
+def test_the_command_says_what_was_compared(
+    save: Save, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*words: str) -> int:
+        monkeypatch.setattr("sys.argv", ["isoform", "export", *words])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    out = str(tmp_path / "out")
+    folder = str(save(GPT2.tiny(num_layers=1, vocab_size=ROWS)))
+    assert command(folder, "--to", "hf", "--out", out) == 0
+    said = capsys.readouterr().out
+    assert "read again by GPT2LMHeadModel in a fresh process: logits of 177 tokens, relative error" in said
+    assert "equal ids of texts, special ids, chat template, generation config" in said
+    assert said.splitlines()[-1] == out
+    assert command(folder, "--to", "hf", "--out", out, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "hf"
+    assert command(folder, "--to", "hf", "--out", folder) == 2
+    assert (
+        command(str(save(Bert.tiny(vocab_size=ROWS), name="bert")), "--to", "gguf", "--out", str(tmp_path / "other"))
+        == 4
+    )
+    assert "no GGUF form: it is written for gpt2 and llama, this is a bert" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_exports(save: Save, tmp_path: Path) -> None:

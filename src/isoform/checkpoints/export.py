@@ -132,6 +132,9 @@ def _write(staged: Path, loaded: LoadedModel, to: str) -> Written:
         if reason is not None:
             raise CheckpointError(f"{loaded.info['path']}: no Hugging Face form: {reason}; isoform.load reads it")
         _companions(staged, loaded, weights=True)
+        if onnx.output_of(loaded.model) == "class scores" and loaded.info["hf_config"].get("pad_token_id") is None:
+            # Their classifiers of decoders find the last token by it.
+            return Written({"pad_token_id": 0}, ("transformers needs a pad_token_id for more than one text at once",))
         return Written({}, ())
     _companions(staged, loaded, weights=False)
     onnx.write_onnx(staged, loaded.model)
@@ -169,26 +172,29 @@ def _pieces(path: Path) -> Iterator[bytes]:
 def _verify(staged: Path, loaded: LoadedModel, to: str, written: Written) -> dict[str, Any]:
     """What of `Exported` is found. Raises: CheckpointError where the other program makes something else of it."""
     rows = _rows(loaded)
-    hidden = onnx.gives_hidden(loaded.model)
-    calls = [_call(loaded.model, part) for part in (rows, rows[:1])]
+    output = onnx.output_of(loaded.model)
+    calls = [_call(loaded, part) for part in (rows, rows[:1])]
     if to != "onnx":  # there kinds of segment are all the first where none is given
         calls = [{name: ids for name, ids in call.items() if name != "token_type_ids"} for call in calls]
     texts = [] if loaded.tokenizer is None else list(TEXTS)
-    request = {"format": to, "place": str(staged), "settings": written.settings, "calls": calls, "hidden": hidden}
+    request = {"format": to, "place": str(staged), "settings": written.settings, "calls": calls, "output": output}
     arrays, reply = _ask({**request, "texts": texts}, to)
     pairs = [
-        (_ours(loaded.model, part, hidden), torch.cat([array[row, : len(ids)] for row, ids in enumerate(part)]))
+        (_ours(loaded.model, part, output), _real(array, part))
         for part, array in zip((rows, rows[:1]), arrays, strict=True)
     ]
     ours, theirs = (torch.cat(side) for side in zip(*pairs, strict=True))
     error, largest = parity.relative_error(ours, theirs), float((ours - theirs).abs().max())
-    output = "hidden states" if hidden else "logits"
     if not error < parity.TOLERANCE:
         raise CheckpointError(
             f"--to {to}: not exported: {output} of {reply['reader']} differ by up to {largest:.2e} (relative error "
             f"{error:.1e}, below {parity.TOLERANCE:.0e} is expected); please report the model's config"
         )
-    found = {"reader": reply["reader"], "output": output, "num_tokens": len(ours)}
+    found = {
+        "reader": reply["reader"],
+        "output": output,
+        "num_tokens": len(ours) if output != "class scores" else sum(map(len, rows + rows[:1])),
+    }
     return {**found, "error": error, "largest_difference": largest, "compared": _carried(loaded, to, reply)}
 
 
@@ -224,8 +230,7 @@ def _rows(loaded: LoadedModel) -> list[list[int]]:
     """Ids of unlike length: the texts' own, and any of the vocabulary but the padding, up to the longest sequence."""
     size = int(loaded.config.vocab_size)
     longest = min(loaded.model.max_positions or LONGEST_TOKENS, LONGEST_TOKENS)
-    padding = loaded.info["hf_config"].get("pad_token_id")
-    padding = padding if type(padding) is int else size
+    padding = _padding(loaded)
     draw = torch.Generator().manual_seed(0)
     drawn = [torch.randint(0, size, (length,), generator=draw).tolist() for length in (longest, max(longest // 3, 1))]
     rows = [[(index + 1) % size if index == padding else index for index in row] for row in drawn]
@@ -234,17 +239,27 @@ def _rows(loaded: LoadedModel) -> list[list[int]]:
     return rows + [row for row in encoded if row and padding not in row]
 
 
-def _call(model: Any, rows: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
+def _padding(loaded: LoadedModel) -> int:
+    given = loaded.info["hf_config"].get("pad_token_id")
+    return given if type(given) is int else 0
+
+
+def _real(array: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
+    """What stands at real tokens, `(b, t, ..)` -> `(n, ..)`; scores of whole texts `(b, c)` as they are."""
+    return array if array.ndim == 2 else torch.cat([array[row, : len(ids)] for row, ids in enumerate(rows)])
+
+
+def _call(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
     """The rows padded on the right, as ids and mask; an encoder-decoder reads them as its source and its target."""
     longest = max(len(row) for row in rows)
-    ids = [[*row, *[0] * (longest - len(row))] for row in rows]
+    ids = [[*row, *[_padding(loaded)] * (longest - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
     kinds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": [[0] * longest for _ in rows]}
-    return {name: kinds[name.removeprefix("decoder_")] for name in onnx.input_names(model)}
+    return {name: kinds[name.removeprefix("decoder_")] for name in onnx.input_names(loaded.model)}
 
 
-def _ours(model: Any, rows: Sequence[Sequence[int]], hidden: bool) -> Tensor:
-    """Logits or hidden states `(n, ..)` in float32."""
+def _ours(model: Any, rows: Sequence[Sequence[int]], output: onnx.Output) -> Tensor:
+    """Logits or hidden states `(n, ..)`, or scores of labels `(b, c)`, in float32."""
     sequences = Sequences([len(row) for row in rows])
     batch = Batch(
         tokens=torch.tensor([index for row in rows for index in row]),
@@ -257,7 +272,10 @@ def _ours(model: Any, rows: Sequence[Sequence[int]], hidden: bool) -> Tensor:
     model = model.to(torch.float32).eval()
     with torch.no_grad():
         states: Tensor = model(batch).hidden
-        return states if hidden else model.logits(states)
+        if output == "class scores":
+            scores: Tensor = model.classifier(states, batch)
+            return scores
+        return states if output == "hidden states" else model.logits(states)
 
 
 def _ask(request: dict[str, Any], to: str) -> tuple[list[Tensor], dict[str, Any]]:

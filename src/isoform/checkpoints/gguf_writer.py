@@ -81,6 +81,8 @@ def why_not(loaded: LoadedModel) -> str | None:
     """What the model has that GGUF or its readers have not, or None."""
     if loaded.family not in ("gpt2", "llama"):
         return f"it is written for gpt2 and llama, this is a {loaded.family}"
+    if loaded.config.classifier is not None:
+        return "its readers have no classifier"
     form, reason = loaded.model.hf_form(loaded.config)
     if form is None:
         return str(reason)

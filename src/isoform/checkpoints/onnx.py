@@ -5,8 +5,9 @@
     encoder-decoder   input_ids, attention_mask (b, s),
                       decoder_input_ids, decoder_attention_mask (b, t)    -> logits (b, t, v)
 
-Zero at padding, which may stand at either end. Attention takes its dense form, experts all see every token. There is
-no cache: a text is continued by reading it again. Weights are float32.
+With a classifier: logits (b, c), a score for each label. Otherwise zero at padding, which may stand at either end.
+Attention takes its dense form, experts all see every token. There is no cache: a text is continued by reading it again.
+Weights are float32.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +34,7 @@ from isoform.layers.attention import Padded
 MOST_BYTES_WITHIN = 1_800_000_000
 # Of the example that the graph is made from; neither is kept in it.
 EXAMPLE_ROWS, EXAMPLE_TOKENS = 3, 7
+Output = Literal["class scores", "hidden states", "logits"]
 
 
 class Dense(nn.Module):
@@ -44,7 +46,7 @@ class Dense(nn.Module):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.hidden = gives_hidden(model)
+        self.output = output_of(model)
         self.eval()
 
     def forward(
@@ -60,9 +62,12 @@ class Dense(nn.Module):
             source, batch = batch, _rectangle(decoder_input_ids, decoder_attention_mask, None)
             batch.source = source
         assert isinstance(batch.sequences, Padded), "made above"
-        states = self.model(batch).hidden
-        output: Tensor = (states if self.hidden else self.model.logits(states)).unflatten(0, batch.sequences.real.shape)
-        return output.masked_fill(~batch.sequences.real[..., None], 0.0)
+        states: Tensor = self.model(batch).hidden
+        if self.output == "class scores":
+            scores: Tensor = self.model.classifier(states, batch)
+            return scores
+        output = states if self.output == "hidden states" else self.model.logits(states)
+        return output.unflatten(0, batch.sequences.real.shape).masked_fill(~batch.sequences.real[..., None], 0.0)
 
 
 def _rectangle(ids: Tensor, mask: Tensor, segments: Tensor | None) -> Batch:
@@ -76,9 +81,12 @@ def _flat(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.flatten()
 
 
-def gives_hidden(model: Any) -> bool:
-    """Whether the model has no scores over the vocabulary, so that hidden states are what it gives."""
-    return "bidirectional" in model.capabilities and getattr(model, "head", None) is None
+def output_of(model: Any) -> Output:
+    """What a model gives: scores of labels, of the vocabulary at each place, or hidden states where it has no head."""
+    if getattr(model, "classifier", None) is not None:
+        return "class scores"
+    headless = "bidirectional" in model.capabilities and getattr(model, "head", None) is None
+    return "hidden states" if headless else "logits"
 
 
 def input_names(model: Any) -> list[str]:
@@ -107,7 +115,7 @@ def write_onnx(folder: Path, model: Any) -> None:
                 dynamo=True,
                 dynamic_shapes=axes,
                 input_names=names,
-                output_names=["last_hidden_state" if gives_hidden(model) else "logits"],
+                output_names=["last_hidden_state" if output_of(model) == "hidden states" else "logits"],
                 verbose=False,
             )
     except torch.onnx.OnnxExporterError as error:

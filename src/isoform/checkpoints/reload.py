@@ -4,7 +4,7 @@ It reads FOLDER/request.json and what that names, by transformers or onnxruntime
 FOLDER/reply.safetensors gets an array for each call, FOLDER/reply.json the rest.
 
 request: format; place, a folder; settings, fields of config.json that the loader must be told; calls, each a table
-of input name -> rows of integers; texts to be encoded; hidden, whether hidden states are wanted instead of logits.
+of input name -> rows of integers; texts to be encoded; output, what is wanted: class scores, hidden states or logits.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _transformers(place: Path, request: dict[str, Any]) -> tuple[list[Any], dict
             output = model(**{name: torch.tensor(rows) for name, rows in call.items()}, output_hidden_states=True)
         scores = output.get("logits", output.get("prediction_logits"))
         hidden = output[0] if scores is None else output.get("hidden_states", [None])[-1]
-        arrays.append((hidden if request["hidden"] else scores).float().numpy())
+        arrays.append((hidden if request["output"] == "hidden states" else scores).float().numpy())
     reply = {"reader": type(model).__name__, "id2label": getattr(config, "id2label", None)}
     reply["generation"] = model.generation_config.to_dict() if model.can_generate() else None
     if request["texts"]:

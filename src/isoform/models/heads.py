@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from isoform.contracts import Batch, Sequences
 from isoform.layers import ragged
+from isoform.layers.attention import Padded
 from isoform.layers.dropout import Dropout, token_keys
 from isoform.layers.init import linear
 from isoform.layers.norm import LayerNorm
@@ -119,6 +120,8 @@ class ClassificationHead(nn.Module):
 
 def pool(hidden: Tensor, sequences: Sequences, pooling: Pooling) -> Tensor:
     """One vector for each sequence: its first token's, its last token's, or the mean of all: `(n, d)` -> `(b, d)`."""
+    if isinstance(sequences, Padded):
+        return _pool_padded(hidden.unflatten(0, sequences.real.shape), sequences.real, pooling)
     if pooling == "cls":
         return hidden[torch.tensor(ragged.starts(sequences), device=hidden.device)]
     if pooling == "last":
@@ -126,6 +129,15 @@ def pool(hidden: Tensor, sequences: Sequences, pooling: Pooling) -> Tensor:
     sums = hidden.new_zeros(len(sequences), hidden.shape[1])
     sums = sums.index_add(0, ragged.rows(sequences, hidden.device), hidden)
     return sums / torch.tensor(sequences.lengths, dtype=hidden.dtype, device=hidden.device)[:, None]
+
+
+def _pool_padded(hidden: Tensor, real: Tensor, pooling: Pooling) -> Tensor:
+    """The same of a rectangle, for a graph that must not know lengths: `(b, t, d)`, real `(b, t)` -> `(b, d)`."""
+    if pooling == "mean":
+        return (hidden * (real / real.sum(dim=1, keepdim=True))[..., None].to(hidden.dtype)).sum(dim=1)
+    rank = torch.arange(1, real.shape[1] + 1, device=real.device)
+    place = ((rank if pooling == "last" else rank.flip(0)) * real).argmax(dim=1)
+    return hidden.gather(1, place[:, None, None].expand(-1, 1, hidden.shape[2])).squeeze(1)
 
 
 def build(shape: Shape, config: Any) -> ClassificationHead | None:
