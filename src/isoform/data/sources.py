@@ -163,12 +163,12 @@ class DocumentSource:
     def _text(self, value: Any, field: str, place: str, column: str) -> str | None:
         if value is None and field in self._optional:
             return None
-        if isinstance(value, str | int | float):
+        if isinstance(value, str | int | float) and value == value:  # NaN is what a table calls nothing
             text = str(value)
             if "\0" in text:
                 raise DataError(f"{place}: a NUL character in the column {column!r}; a text is expected")
             return text
-        given = "nothing" if value is None else type(value).__name__
+        given = "nothing" if value is None else "NaN" if isinstance(value, float) else type(value).__name__
         raise DataError(f"{place}: {given} in the column {column!r}, a text is expected")
 
     @cached_property

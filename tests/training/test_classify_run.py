@@ -1,0 +1,218 @@
+"""From a csv of texts and labels to a tuned model, its predictions, and a study that compares two."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from sklearn.metrics import confusion_matrix, f1_score
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import isoform
+from isoform.config import RunConfig, apply_settings, merge, read_config, run_config
+from isoform.errors import ConfigError, DataError
+from isoform.serving.use import open_model, predict, read_inputs, write_answers
+from isoform.storage import read_json, read_jsonl
+from isoform.training.prepare import prepare
+from isoform.training.run import train
+
+WORDS = {"good": ["fine", "lovely", "great"], "bad": ["dull", "awful", "poor"], "mixed": ["fair", "uneven", "plain"]}
+FILLER = "the film its story an actor this scene with and of a long short ending music".split()  # noqa: SIM905
+
+
+def rows(number: int, seed: int = 0) -> list[tuple[str, str]]:
+    draw = random.Random(seed)
+    made = []
+    for _ in range(number):
+        label = draw.choice(sorted(WORDS))
+        words = [draw.choice(FILLER) for _ in range(7)]
+        words.insert(draw.randrange(7), draw.choice(WORDS[label]))
+        made.append((" ".join(words), label))
+    return made
+
+
+def write_csv(path: Path, header: list[str], table: list) -> Path:
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([header, *table])
+    return path
+
+
+def tiny(path: Path, **changes) -> RunConfig:
+    values = {
+        "name": "tiny",
+        "data": {"path": str(path), "splits": {"train": 0.8, "dev": 0.2}, "overlap": "keep"},
+        "text": {"tokenizer": {"kind": "wordpiece", "vocab_size": 300}, "max_tokens": 24},
+        "model": {"family": "modernbert", "num_layers": 1, "num_heads": 2, "width": 32, "local_window": 8},
+        "objective": {"kind": "classify", "pooling": "mean"},
+        "train": {"max_steps": 60, "batch_sequences": 16, "learning_rate": 0.01, "precision": "fp32"},
+    }
+    return run_config(merge(values, changes))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("classified")
+    path = write_csv(place / "my.csv", ["text", "label"], rows(240))
+    return train(tiny(path), place / "run", quiet=True).folder
+
+
+def test_a_csv_is_learnt_and_its_labels_are_names(folder: Path) -> None:
+    scored = {row["metric"]: row["value"] for row in read_json(folder / "eval.json")}
+    assert scored["accuracy"] > 0.8
+    predictions = read_jsonl(folder / "predictions.jsonl")
+    gold, said = [row["gold"] for row in predictions], [row["prediction"] for row in predictions]
+    assert set(gold) == set(WORDS)
+    assert scored["macro_f1"] == pytest.approx(f1_score(gold, said, average="macro"))
+    table = confusion_matrix(gold, said, labels=sorted(WORDS))
+    assert table.trace() == sum(row["stats"]["correct"] for row in predictions)
+    for row in predictions:
+        assert max(row["probabilities"], key=row["probabilities"].get) == row["prediction"]
+        assert sum(row["probabilities"].values()) == pytest.approx(1)
+    config = read_json(folder / "final" / "config.json")
+    assert config["id2label"] == {"0": "bad", "1": "good", "2": "mixed"}
+
+
+def test_the_folder_is_one_of_transformers(folder: Path) -> None:
+    theirs = AutoModelForSequenceClassification.from_pretrained(folder / "final").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    texts = [text for text, _ in rows(5, seed=9)]
+    found = isoform.predict(folder, texts)
+    for text, row in zip(texts, found, strict=True):
+        ids = torch.tensor([[tokenizer.cls_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        ids = torch.cat([ids, torch.tensor([[tokenizer.sep_token_id]])], dim=1)
+        with torch.no_grad():
+            shares = theirs(ids).logits.softmax(-1)[0].tolist()
+        expected = {theirs.config.id2label[at]: share for at, share in enumerate(shares)}
+        assert row["input"] == text and row["probabilities"] == pytest.approx(expected, rel=1e-4)
+        assert row["label"] == max(expected, key=expected.get)
+
+
+def test_predictions_of_a_file_stream_to_a_file(folder: Path, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "new.csv", ["text", "when"], [(text, "now") for text, _ in rows(600, seed=4)])
+    opened = open_model(folder)
+    count, _ = write_answers(predict(opened, read_inputs(opened, path)), tmp_path / "out.csv")
+    with (tmp_path / "out.csv").open() as file:
+        table = list(csv.DictReader(file))
+    assert count == len(table) == 600
+    assert list(table[0]) == ["input", "label", "probability bad", "probability good", "probability mixed"]
+    assert [row["input"] for row in table] == [text for text, _ in rows(600, seed=4)]
+
+
+def test_evaluation_refuses_labels_that_were_not_trained(folder: Path, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "more.csv", ["text", "label"], rows(40, seed=5))
+    scored = {row["metric"]: row for row in isoform.evaluate(folder, data=str(path))}
+    assert scored["accuracy"]["value"] > 0.8 and scored["accuracy"]["n"] == 40
+    bare = {row["metric"]: row["value"] for row in isoform.evaluate(folder / "final", data=str(path))}
+    assert bare["accuracy"] == scored["accuracy"]["value"]
+    path = write_csv(tmp_path / "numbers.csv", ["text", "label"], [("a fine film", "good"), ("a dull film", "0")])
+    with pytest.raises(DataError, match=r"numbers.csv:3: the label '0' is none of those in training: bad, good, mixed"):
+        isoform.evaluate(folder, data=str(path))
+
+
+def test_a_classifier_is_tuned_further_in_its_own_order_of_labels(folder: Path, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "two.csv", ["text", "label"], [row for row in rows(90, seed=6) if row[1] != "bad"])
+    origin = {"model": {"from": str(folder)}}
+    prepared = prepare(tiny(path, **origin))
+    assert prepared.objective.labels == ("bad", "good", "mixed")
+    with torch.no_grad():
+        assert torch.equal(prepared.model.classifier.scores.weight, isoform.load(folder).model.classifier.scores.weight)
+    others = [(text, "early" if text < "m" else "late") for text, _ in rows(90, seed=6)]
+    renamed = write_csv(tmp_path / "other.csv", ["text", "label"], others)
+    with pytest.raises(ConfigError, match=r"the model's classifier has no label '.*new_head"):
+        prepare(tiny(renamed, **origin))
+    fresh = prepare(tiny(renamed, **origin, objective={"kind": "classify", "new_head": True}))
+    assert fresh.model.config.classifier.labels == ("early", "late")
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "error", "message"),
+    [
+        ([("a film", "good")] * 3, {}, DataError, "one label only, 'good'"),
+        ([("a film", "good"), ("", "bad")], {}, DataError, "my.csv:3: the field 'text' is empty"),
+        ([("a film", "good"), ("no film", " ")], {}, DataError, "my.csv:3: the field 'label' is empty"),
+        ([("a film", "1.5"), ("b", "x")], {"objective": {"task": "regression"}}, DataError, "'x' is no number"),
+        ([("a", "x"), ("b", "y")], {"objective": {"labels": ["x"]}}, ConfigError, "names no label 'y'"),
+        ([("a", "x"), ("b", "y")], {"objective": {"second": "other"}}, DataError, "no column 'other'"),
+        ([("a", "x"), ("b", "y")], {"model": {"family": "t5"}}, ConfigError, "needs a model that is classify"),
+        ([("a", "x"), ("b", "y")], {"text": {"max_tokens": 2}}, ConfigError, "leaves no room for a text"),
+    ],
+)
+def test_data_that_cannot_be_learnt_is_one_clear_line(table, changes, error, message: str, tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "my.csv", ["text", "label"], table)
+    data = {"train": str(path), "path": None}
+    with pytest.raises(error, match=message) as caught:
+        prepare(tiny(path, data=data, **changes))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("task", "made"),
+    [("multi-label", lambda text, label: f"{label};film" if "film" in text else label), ("regression", None)],
+)
+def test_several_labels_and_numbers(task: str, made, tmp_path: Path) -> None:
+    marks = {"bad": "-1", "mixed": "0", "good": "1"}
+    made = made or (lambda text, label: marks[label])
+    path = write_csv(tmp_path / "my.csv", ["text", "label"], [(text, made(text, label)) for text, label in rows(160)])
+    config = tiny(path, objective={"kind": "classify", "task": task})
+    run = train(config, tmp_path / "run", quiet=True).folder
+    losses = [row["loss"] for row in read_jsonl(run / "metrics.jsonl")]
+    assert sum(losses[-5:]) / 5 < losses[0] / 2
+    scored = {row["metric"]: row["value"] for row in read_json(run / "eval.json")}
+    row = isoform.predict(run, ["the film of a great story"])[0]
+    if task == "regression":
+        assert scored["pearson"] > 0.5 and isinstance(row["label"], float)
+    else:
+        assert scored["macro_f1"] > 0.4 and set(row["label"]) <= {*WORDS, "film"}
+        assert list(row["probabilities"]) == sorted({*WORDS, "film"})
+
+
+def test_pairs_are_read_as_two_segments(tmp_path: Path) -> None:
+    table = [(text, other, str(text == other)) for text, _ in rows(40) for other in (text, "another film")]
+    path = write_csv(tmp_path / "my.csv", ["text", "second", "label"], table)
+    config = tiny(path, objective={"kind": "classify", "second": "second"}, train={"max_steps": 2})
+    run = train(config, tmp_path / "run", quiet=True).folder
+    opened = open_model(run)
+    answers = list(predict(opened, read_inputs(opened, path)))
+    assert answers[0].as_dict()["input"] == {"text": table[0][0], "second": table[0][1]}
+    view = opened.objective.view(opened.objective.encode(_document(table[0])))
+    assert view.segments is not None and sorted(set(view.segments.tolist())) == [0, 1]
+
+
+def _document(row):
+    from isoform.contracts import Document
+
+    return Document("0", {"text": row[0], "second": row[1]}, {})
+
+
+def test_the_recipe_takes_a_csv_or_a_pretrained_model() -> None:
+    values = apply_settings(read_config("classify"), ["data.path=my.csv", "model.from=somewhere"])
+    assert run_config(values).model == {"from": "somewhere"}
+
+
+def test_two_arms_on_the_film_snippets_are_audited_and_compared(tmp_path: Path) -> None:
+    sizes = {"num_layers": 1, "num_heads": 2, "width": 16, "dropout": 0.0}
+    study = {
+        "name": "snippets",
+        "question": "Does pooling matter?",
+        "base": {
+            "data": {"path": "builtin:movie-snippets", "splits": {"train": 0.8, "dev": 0.2}, "overlap": "keep"},
+            "text": {"tokenizer": {"kind": "char"}, "max_tokens": 32},
+            "model": {"family": "bert", **sizes},
+            "objective": {"kind": "classify"},
+        },
+        "stages": {"tune": {"data": {"max_documents": 120}, "train": {"max_steps": 4, "batch_sequences": 8}}},
+        "arms": {
+            "first": {"stages": ["tune"]},
+            "mean": {"stages": ["tune"], "objective": {"pooling": "mean"}},
+        },
+        "seeds": 2,
+        "compare": {"metric": "accuracy", "split": "dev"},
+        "questions": [{"pair": ["first", "mean"]}, {"pair": ["first", "mean"], "metric": "macro_f1"}],
+    }
+    results = isoform.study(study, out=tmp_path / "study")
+    assert [question["verdict"] for question in results["questions"]]
+    assert not [row for row in results["audit"] if row["level"] == "refuse"]
+    assert "accuracy" in (tmp_path / "study" / "report.html").read_text()
