@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from isoform import storage
-from isoform.checkpoints import folders, gguf_writer, manifest, onnx, parity, sources
+from isoform.checkpoints import folders, gguf_writer, manifest, onnx, parity, reload, sources
 from isoform.checkpoints.folders import LoadedModel
 from isoform.contracts import Batch, Sequences
 from isoform.errors import CheckpointError, ConfigError
@@ -123,7 +123,7 @@ def _write(staged: Path, loaded: LoadedModel, to: str) -> Written:
     size = sum(parameter.numel() for parameter in loaded.model.parameters())
     storage.require_free(staged, 4 * size + 10_000_000)
     if to == "gguf":
-        settings = gguf_writer.write_model(staged / "model.gguf", loaded)
+        settings = gguf_writer.write_model(staged / reload.GGUF_FILE, loaded)
         told = ", ".join(f"{name}={value!r}" for name, value in settings.items())
         note = f"transformers' GGUF loader does not read these from the file, tell it: {told}"
         return Written(settings, (note,) if settings else ())

@@ -66,8 +66,9 @@ class Dense(nn.Module):
         if self.output == "class scores":
             scores: Tensor = self.model.classifier(states, batch)
             return scores
-        output = states if self.output == "hidden states" else self.model.logits(states)
-        return output.unflatten(0, batch.sequences.real.shape).masked_fill(~batch.sequences.real[..., None], 0.0)
+        output: Tensor = states if self.output == "hidden states" else self.model.logits(states)
+        real = batch.sequences.real
+        return output.view(*real.shape, -1).masked_fill(~real[..., None], 0.0)  # (n, v) -> (b, t, v)
 
 
 def _rectangle(ids: Tensor, mask: Tensor, segments: Tensor | None) -> Batch:
