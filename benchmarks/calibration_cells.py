@@ -17,8 +17,9 @@ from isoform.registry import lookup
 from isoform.storage import read_json
 from isoform.studies import crossed
 from isoform.studies.crossed import MeanSquares, half_width
+from isoform.studies.scores import Scores, load_scores
 from isoform.studies.simulate import SPREADS, Draws, Setting, summarise
-from isoform.studies.statistics import Comparison, Scores, compare, load_scores, pseudo_values
+from isoform.studies.statistics import Comparison, compare, pseudo_values
 
 NUM_SEEDS = (2, 3, 5, 10)
 NUM_EXAMPLES = (200, 500, 1000, 5000)

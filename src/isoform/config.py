@@ -243,7 +243,8 @@ class Question(Section):
     margin: float | None = Field(None, gt=0)
     # difference that would not matter, in the metric's unit: allows the verdict `equivalent`
     equal: dict[str, float] = {}
-    # data_tokens, updates, parameters, flops, seconds, tuning_trials -> tolerated relative difference
+    # data_tokens (those that the model reads), target_tokens, updates, parameters, flops, seconds, tuning_trials
+    # -> tolerated relative difference
     published: str | None = None
     # what somebody else claimed, for the report
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -259,10 +260,35 @@ def test_arms_that_differ_in_what_they_tune_are_not_the_same(folder: Path) -> No
     assert one(dead(layout(folder, tune, tune)), "refuse")
 
 
-def test_only_what_is_asked_is_compared(folder: Path) -> None:
-    arms = {"a": {"stages": ["only"]}, "b": {"stages": ["only"]}, "c": {"stages": ["only"], "model": {"dropout": 0.2}}}
-    assert dead(layout(folder, {}, arms=arms, questions=[{"pair": ["a", "c"]}])) == []
-    assert [row["pair"] for row in dead(layout(folder, {}, arms=arms, questions=[]))] == [["a", "b"]]
+def test_arms_that_no_question_names_are_not_dead_either(folder: Path) -> None:
+    """b is a again, d is c again, w is a with an option that does nothing; e does something."""
+    only = {"stages": ["only"]}
+    arms = {
+        "a": only,
+        "b": only,
+        "c": {**only, "model": {"dropout": 0.2}},
+        "d": {**only, "model": {"dropout": 0.2}, "train": {"log_every_steps": 7}},
+        "e": {**only, "model": {"num_layers": 3}},
+        "w": {**only, "model": {"window": 1000, "num_heads": 4}},
+    }
+    for questions in ([], [{"pair": ["a", "c"]}]):
+        rows = dead(layout(folder, {}, arms=arms, questions=questions))
+        assert [(row["level"], row["pair"]) for row in rows] == [
+            ("refuse", ["a", "b"]),
+            ("refuse", ["a", "w"]),
+            ("refuse", ["c", "d"]),
+        ]
+        assert "model.window does nothing" in rows[1]["message"]
+
+
+def test_an_option_that_is_dead_beside_the_first_arm_alone_is_a_warning_where_others_are_asked(folder: Path) -> None:
+    """Both b and c have the window, so that their question is sound."""
+    window = {"stages": ["only"], "model": {"window": 1000}}
+    arms = {"a": {"stages": ["only"]}, "b": merge(window, {"model": {"num_layers": 3}})}
+    arms["c"] = merge(window, {"model": {"num_heads": 4}})
+    asked = [{"pair": ["a", "c"]}, {"pair": ["b", "c"]}]
+    rows = dead(layout(folder, {}, arms=arms, questions=asked))
+    assert [(row["level"], row["pair"]) for row in rows] == [("warn", ["a", "b"]), ("refuse", ["a", "c"])]
 
 
 # ------------------------------------------------------------------------------------------ the rest of the plan's rows
@@ -385,13 +411,17 @@ def test_unequal_terms_are_refused_where_named_and_told_elsewhere(folder: Path, 
     assert f"equal.{name}" in one(refused, "refuse")
     assert refused[0]["pair"] == ["first", "second"]
     assert audit_terms.WORDS[name] in one(rows({}), "inform")
-    assert all(row["level"] == "inform" for row in rows({name: 0.6}))
+    assert not any(row["level"] == "refuse" for row in rows({name: 0.6}))
 
 
-def test_equal_terms_say_nothing_and_unknown_ones_are_errors(folder: Path) -> None:
-    equal = dict.fromkeys(["data_tokens", "updates", "parameters", "flops", "tuning_trials"], 0.0)
+def test_equal_terms_are_told_as_asked_and_unknown_ones_are_errors(folder: Path) -> None:
     rates = plain("train.learning_rate=2e-3")
-    assert terms(layout(folder, rates, questions=[{"pair": ["first", "second"], "equal": equal}])) == []
+    assert terms(layout(folder, rates)) == []
+    equal = {"parameters": 0.1, "updates": 0.0, "data_tokens": 0.0}
+    told = terms(layout(folder, rates, questions=[{"pair": ["first", "second"], "equal": equal}]))
+    message = one(told, "pass").replace("\N{NO-BREAK SPACE}", " ")
+    assert message == "equal as asked: tokens read, updates, parameters (within 10 %)"
+    assert told[0]["pair"] == ["first", "second"]
     with pytest.raises(ConfigError, match="did you mean 'updates'"):
         terms(layout(folder, rates, questions=[{"pair": ["first", "second"], "equal": {"update": 0}}]))
 
@@ -537,7 +567,21 @@ def test_equal_final_weights_are_refused(finished: Finished) -> None:
     assert rows[0]["pair"] == ["first", "second"]
 
 
-@pytest.mark.parametrize("changes", ["evaluate.max_new_tokens=5", "train.select={metric: loss, split: dev}"])
+def test_equal_final_weights_of_arms_that_no_question_names(folder: Path) -> None:
+    arms = {
+        name: {"stages": ["only"], "train": {"learning_rate": rate}}
+        for name, rate in zip("abc", (1e-3, 2e-3, 3e-3), strict=True)
+    }
+    finished = Finished(folder, layout(folder, {}, arms=arms, questions=[{"pair": ["b", "a"]}]))
+    for arm in ("b", "c"):
+        finished.manifest(arm, 1, final_sha256="same")
+    rows = [row for row in finished.rows() if row["check"] == audit_rows.DEAD]
+    assert "at 1 of 2 seeds" in one(rows, "refuse") and rows[0]["pair"] == ["b", "c"]
+
+
+@pytest.mark.parametrize(
+    "changes", ["evaluate.max_new_tokens=5", "train.select={metric: loss, split: dev}", "data.dev=third.txt"]
+)
 def test_arms_that_only_answer_or_select_otherwise_may_have_equal_weights(folder: Path, changes: str) -> None:
     finished = Finished(folder, layout(folder, plain(changes)))
     for arm in ("first", "second"):
@@ -572,7 +616,37 @@ def test_a_run_that_stopped_early_breaks_equal_updates(folder: Path) -> None:
     asked = [{"pair": ["first", "second"], "equal": {"updates": 0}}]
     finished = Finished(folder, layout(folder, plain("train.learning_rate=2e-3"), questions=asked))
     finished.manifest("second", 0, steps=60)
-    assert "equal.updates" in one(findings(finished.rows(), audit_rows.TERMS), "refuse")
+    refused = [row for row in findings(finished.rows(), audit_rows.TERMS) if row["level"] == "refuse"]
+    assert "equal.updates" in one(refused, "refuse")
+
+
+def test_tokens_read_are_the_same_unit_before_and_after(folder: Path) -> None:
+    """What was made of a plan is counted as the plan was, whatever the loss was taken on."""
+    asked = [{"pair": ["first", "second"], "equal": {"data_tokens": 0.01}}]
+    study = layout(folder, plain("train.max_steps=12"), questions=asked)
+    planned = one([row for row in terms(study) if row["level"] == "refuse"], "refuse")
+    finished = Finished(folder, study)
+    for seed in (0, 1):
+        finished.manifest("first", seed, steps=6, num_steps=6, tokens=10)
+        finished.manifest("second", seed, steps=11, num_steps=12, tokens=10)
+    made = one([row for row in findings(finished.rows(), audit_rows.TERMS) if row["level"] == "refuse"], "refuse")
+    first, second = (
+        re.search(r"tokens read ([\d,]+) in first and ([\d,]+) in second", text) for text in (planned, made)
+    )
+    assert first is not None and second is not None and first[1] == second[1]
+    numbers = [float(found[2].replace(",", "")) for found in (first, second)]
+    assert numbers[1] == pytest.approx(numbers[0] * 11 / 12, rel=0.01)
+    for seed in (0, 1):
+        finished.manifest("second", seed, steps=6)
+    rows = [row for row in finished.rows() if row["check"] == audit_rows.TERMS and row["level"] != "inform"]
+    assert "equal as asked, as trained: tokens read" in one(rows, "pass").replace("\N{NO-BREAK SPACE}", " ")
+
+
+def test_target_tokens_are_told_apart_from_tokens_read(finished: Finished) -> None:
+    finished.manifest("second", 0, tokens=7000)
+    assert "made: target tokens 5,000 in first and 6,000 in second" in one(
+        findings(finished.rows(), audit_rows.TERMS), "inform"
+    )
 
 
 @pytest.mark.parametrize(("chosen", "edge"), [(1e-4, "lowest"), (3e-4, None), (1e-3, "highest")])

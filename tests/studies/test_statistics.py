@@ -27,14 +27,13 @@ from isoform.studies.crossed import (
     seeds_needed,
     smallest_difference,
 )
+from isoform.studies.scores import MIN_DOCUMENTS, Scores, by_document, load_scores
 from isoform.studies.statistics import (
     Comparison,
-    Scores,
     compare,
     decide,
     holm,
     interval_over_seeds,
-    load_scores,
     pseudo_values,
     selection_artefact,
 )
@@ -484,3 +483,61 @@ def test_seeds_with_other_examples_are_refused(tmp_path: Path) -> None:
         load_scores({0: one, 7: two}, "dev", Accuracy)
     with pytest.raises(DataError, match="no such file"):
         load_scores({0: tmp_path / "none.jsonl"}, "dev", Accuracy)
+
+
+# ------------------------------------------------------------------------------------------------ windows of documents
+
+
+def windows(seed: int, num_documents: int, num_windows: int) -> Scores:
+    """Losses of windows that share their document's difficulty."""
+    rng = generator(seed, "windows")
+    shape = (1, num_documents, num_windows)
+    nats = np.exp(rng.normal(size=(1, num_documents, 1)) + 0.1 * rng.normal(size=shape)).reshape(1, -1)
+    ids = [f"d{document}#{window}" for document in range(num_documents) for window in range(num_windows)]
+    return Scores({"nats": nats, "tokens": np.ones_like(nats)}, ids, [0])
+
+
+def test_windows_of_a_document_are_one_example() -> None:
+    found = windows(1, 12, 8)
+    pooled = by_document(found)
+    assert pooled.ids == [f"d{index}" for index in range(12)]
+    np.testing.assert_allclose(pooled.columns["nats"], found.columns["nats"].reshape(1, 12, 8).sum(-1))
+    mean, low, high, _ = interval_over_seeds(pooled, Loss)
+    single_mean, single_low, single_high, _ = interval_over_seeds(found, Loss)
+    assert mean == pytest.approx(single_mean)
+    assert high - low > 2 * (single_high - single_low)
+
+
+def test_without_windows_and_with_few_documents_examples_stay() -> None:
+    plain = scores({"nats": [[1.0, 2.0]], "tokens": [[1.0, 1.0]]})
+    assert by_document(plain) is plain
+    few = by_document(windows(1, MIN_DOCUMENTS - 1, 3))
+    assert len(few.ids) == 3 * (MIN_DOCUMENTS - 1)
+    assert f"windows of only {MIN_DOCUMENTS - 1} documents" in few.notes[0]
+    assert compare(few, few, Loss).notes == few.notes
+    assert "only 1 document," in by_document(windows(1, 1, 3)).notes[0]
+    assert compare(plain, plain, Loss).notes == by_document(windows(1, MIN_DOCUMENTS, 3)).notes == ()
+
+
+def test_a_document_and_its_repetitions_are_one_example_of_a_share_too() -> None:
+    """Ids of equal documents are `id`, `id#2`: the share is still one of all rows."""
+
+    class Share(Accuracy):
+        columns: ClassVar[tuple[str, ...]] = ("correct", "examples")
+
+        def value(self, sums: Any) -> Any:
+            return sums["correct"] / sums["examples"]
+
+    ids = ["a", "b", "c", "d", "e", "f", "a#2", "b#0#2"]
+    correct = np.array([[1.0, 0, 1, 0, 1, 1, 1, 0]])
+    found = by_document(Scores({"correct": correct, "examples": np.ones_like(correct)}, ids, [0]))
+    assert found.ids == ["a", "b", "c", "d", "e", "f"]
+    values, shares = pseudo_values(found, Share)
+    assert values[0] == pytest.approx(5 / 8) and shares.mean() == pytest.approx(5 / 8)
+
+
+def test_windows_are_summed_where_predictions_are_read(tmp_path: Path) -> None:
+    rows = [row(f"d{n}#{w}", nats=n, tokens=2) for n in range(MIN_DOCUMENTS) for w in range(3)]
+    read = load_scores({0: write(tmp_path / "1.jsonl", rows)}, "dev", Loss)
+    assert read.ids == [f"d{n}" for n in range(MIN_DOCUMENTS)] and read.pooled
+    assert read.columns["tokens"].tolist() == [[6.0] * MIN_DOCUMENTS]

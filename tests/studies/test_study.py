@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import copy
 import csv
+import shutil
 
 import pytest
 
 from isoform.errors import AuditError, ConfigError, Stopped
-from isoform.storage import read_json, read_jsonl
+from isoform.storage import read_json, read_jsonl, write_json
 from isoform.studies import workers
+from isoform.studies.audit_rows import (
+    DEAD,
+    DIVERGED,
+    ONE_SEED,
+    OTHER_DATA,
+    SELECTION,
+    TERMS,
+    TEST,
+    UNKNOWN,
+)
 from isoform.studies.outside import compare_results
 from isoform.studies.study import study
 from isoform.training.run import train
@@ -163,3 +174,51 @@ def test_compare_reads_finished_runs(values, tmp_path):
     losses = [next(r["value"] for r in read_json(folder / "eval.json") if r["metric"] == "loss") for folder in folders]
     assert found["questions"][0]["difference"] == pytest.approx(losses[1] - losses[0])
     assert found["questions"][0]["speaks_of"] == "models"
+    assert {row["check"]: row["level"] for row in found["audit"]} == {
+        DEAD: "pass",
+        TERMS: "inform",
+        SELECTION: "pass",
+        OTHER_DATA: "pass",
+        TEST: "pass",
+        DIVERGED: "pass",
+        ONE_SEED: "inform",
+    }
+    told = next(row["message"] for row in found["audit"] if row["check"] == TERMS)
+    assert told.startswith("made: updates 6 in ") and "target tokens" in told
+    # The second run began from a pretraining, which is its cost too.
+    assert [stage["name"] for stage in found["arms"][1]["runs"][0]["stages"]] == ["pretrain", "finetune"]
+    assert all(arm["parameters"]["total"] for arm in found["arms"])
+
+
+def test_compare_audits_runs_that_no_study_planned(values, tmp_path):
+    results = study({**values, "seeds": 1}, tmp_path / "out", quiet=True)
+    one = tmp_path / "out" / results["arms"][0]["runs"][0]["final"]
+    two, bare = tmp_path / "two", tmp_path / "bare"
+    shutil.copytree(one, two)
+    shutil.copytree(one, bare)
+    (bare / "manifest.json").unlink()
+
+    def rows(*paths):
+        return {row["check"]: row for row in compare_results(list(paths), metric="loss", split="dev")["audit"]}
+
+    found = rows(one, two)
+    assert (found[DEAD]["level"], found[DEAD]["pair"]) == ("refuse", [one.name, "two"])
+    assert "the same training twice" in found[DEAD]["message"]
+
+    manifest = read_json(two / "manifest.json")
+    manifest["data"]["splits"]["fingerprints"]["dev"] = "other"
+    write_json(two / "manifest.json", {**manifest, "final_sha256": "other", "test_scored": 2, "steps": 9})
+    config = (two / "config.yaml").read_text()
+    (two / "config.yaml").write_text(config.replace("split: holdout", "split: dev"))
+    found = rows(one, two)
+    assert found[DEAD]["level"] == "pass"
+    assert (
+        found[SELECTION]["level"] == "refuse"
+        and "two: its checkpoint was selected on dev" in found[SELECTION]["message"]
+    )
+    assert found[OTHER_DATA]["level"] == found[TEST]["level"] == "warn"
+    assert "other in two" in found[OTHER_DATA]["message"]
+    assert "updates 6 in" in found[TERMS]["message"]
+
+    found = rows(one, bare)
+    assert "bare: no manifest.json" in found[UNKNOWN]["message"] and DEAD not in found

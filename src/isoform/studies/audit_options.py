@@ -6,14 +6,15 @@ Each differing option is set back to the other arm's value, by itself; where not
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from isoform.config import RunConfig, run_config
 from isoform.errors import ConfigError, DataError
-from isoform.studies.audit_rows import DEAD, Pair, Row, pairs, row, trained
-from isoform.studies.layout import Layout
+from isoform.studies.audit_rows import DEAD, Level, Pair, Row, pairs, row, trained
+from isoform.studies.layout import Layout, flat
 
 if TYPE_CHECKING:
     from isoform.studies.audit_probe import Probes
@@ -44,6 +45,8 @@ BOOKKEEPING = {
 SCORING = {"evaluate.max_new_tokens"}
 SELECTING = {"train.select.metric", "train.select.split", "train.patience"}
 LOOKING = {"train.evaluate_every_steps", "train.evaluate_every_epochs"}
+# Documents that are scored and never trained on.
+SCORED = ("data.dev", "data.test")
 # Keys that say which component a section is; the section's other options belong to it.
 KINDS = ("kind", "family", "from")
 MISSING = object()
@@ -58,12 +61,42 @@ class Change:
 
 
 def dead_options(layout: Layout, probes: Probes) -> list[Row]:
-    """Refusals for every pair: options that do nothing, and arms that are the same."""
+    """Options that do nothing, and arms that are the same, whether a question compares them or not.
+
+    Every pair is looked at for being the same thing twice. Options are tried in the pairs of questions, and in every
+    other arm beside the first: there a dead one is a refusal where no question names the arm, else a warning.
+    """
     known = trained(layout)
-    return [found for pair in pairs(layout) if set(pair) <= set(known) for found in _pair_rows(layout, probes, pair)]
+    asked = pairs(layout)
+    named = {arm for pair in asked for arm in pair}
+    rows = []
+    for pair in itertools.combinations(known, 2):
+        if pair in asked or pair[::-1] in asked:
+            rows += _pair_rows(layout, probes, pair if pair in asked else pair[::-1])
+        elif pair[0] == known[0]:
+            rows += _pair_rows(layout, probes, pair, "warn" if set(pair) <= named else "refuse")
+        elif _twins(layout, probes, pair):
+            rows.append(row(DEAD, "refuse", _told_twice(pair, "do not differ in any option that does something"), pair))
+    return rows
 
 
-def _pair_rows(layout: Layout, probes: Probes, pair: Pair) -> list[Row]:
+def _twins(layout: Layout, probes: Probes, pair: Pair) -> bool:
+    """Whether two arms resolve to the same stages, bookkeeping aside."""
+    first, second = ({stage: probe.run for stage, probe in probes.chain(arm).items()} for arm in pair)
+    if list(first) != list(second) or layout.study.arms[pair[0]].tune != layout.study.arms[pair[1]].tune:
+        return False
+    return all(_meant(first[stage].resolved) == _meant(second[stage].resolved) for stage in first)
+
+
+def _meant(resolved: Values) -> Values:
+    return {name: value for name, value in flat(resolved).items() if name not in BOOKKEEPING}
+
+
+def _told_twice(pair: Pair, how: str) -> str:
+    return f"arms {pair[0]} and {pair[1]} {how}: the same thing would be compared twice; change or remove one of them"
+
+
+def _pair_rows(layout: Layout, probes: Probes, pair: Pair, level: Level = "refuse") -> list[Row]:
     first, second = pair
     arms = layout.study.arms
     theirs, ours = (probes.configs(arm) for arm in pair)
@@ -76,13 +109,10 @@ def _pair_rows(layout: Layout, probes: Probes, pair: Pair) -> list[Row]:
     if not real and list(ours) == list(theirs) and arms[first].tune == arms[second].tune:
         unimportant = ", ".join(change.name for change in found)
         how = f"differ only in {unimportant}, which changes no result" if found else "do not differ in any option"
-        message = (
-            f"arms {first} and {second} {how}: the same thing would be compared twice; change or remove one of them"
-        )
-        return [row(DEAD, "refuse", message, pair)]
+        return [row(DEAD, "refuse", _told_twice(pair, how), pair)]
     tested = [change for change in real if _claim(change, ours, theirs) == "probe"]
     return [
-        row(DEAD, "refuse", _told(change, ours, theirs, pair), pair)
+        row(DEAD, level, _told(change, ours, theirs, pair), pair)
         for change in tested
         if _dead(change, ours, theirs, probes)
     ]
@@ -205,6 +235,17 @@ def _only_spelling(change: Change, ours: dict[str, RunConfig], theirs: dict[str,
     except (ConfigError, DataError):
         return False
     return resolved[0] == resolved[1]
+
+
+def acts_without_weights(name: str) -> bool:
+    """Whether an option, after its stage's name where it has one, may change scores or the choice of a checkpoint.
+
+    Two arms that differ in it may end with the same weights.
+    """
+    plain = name if name.split(".")[0] in RunConfig.model_fields else name.partition(".")[2]
+    if plain in SELECTING | LOOKING or plain in SCORED:
+        return True
+    return plain.startswith("evaluate.") and plain not in BOOKKEEPING
 
 
 def _parent(configs: dict[str, RunConfig], stage: str) -> RunConfig | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from isoform.config import Question
 from isoform.errors import DataError
 from isoform.storage import read_json
-from isoform.studies.audit_options import LOOKING, SCORING, SELECTING
+from isoform.studies.audit_options import acts_without_weights
 from isoform.studies.audit_rows import (
     ARTEFACT,
     DAMAGED,
@@ -72,17 +73,18 @@ def _some(items: list[str]) -> str:
 
 
 def equal_weights(layout: Layout, folder: Path) -> list[Row]:
-    """Pairs whose final weights are the same bits; arms that answer or select in another way have a right to them."""
+    """Pairs whose final weights are the same bits, asked about or not.
+
+    Arms that answer, are scored or select in another way have a right to them.
+    """
     rows = []
-    rightful = tuple(SCORING | SELECTING | LOOKING)
-    known = trained(layout)
-    for pair in pairs(layout):
-        if not set(pair) <= set(known):
-            continue
+    asked = pairs(layout)
+    for found in itertools.combinations(trained(layout), 2):
+        pair = found if found in asked or found[::-1] not in asked else found[::-1]
         hashes = [[f.manifest.get("final_sha256") for f in finals(layout, folder, arm)] for arm in pair]
         same = [seed for seed, one, two in zip(layout.seeds, *hashes, strict=True) if one == two and one is not None]
         differences = config_differences(layout, pair[1], pair[0])
-        if not same or any(name.endswith(rightful) for name in differences):
+        if not same or any(acts_without_weights(name) for name in differences):
             continue
         text = f"arms {pair[0]} and {pair[1]} ended with bit-equal weights at {len(same)} of {len(layout.seeds)} seeds"
         text += f": {', '.join(differences) or 'nothing'} made no difference; remove one of the arms"

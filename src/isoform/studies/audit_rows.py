@@ -26,6 +26,9 @@ ARTEFACT = "selection artefact"
 DIVERGED = "diverged or non-finite run"
 DAMAGED = "damaged checkpoint"
 ONE_SEED = "one seed"
+# Of results that no study planned.
+OTHER_DATA = "other data in the compared split"
+UNKNOWN = "no manifest"
 
 
 def row(check: str, level: Level, message: str, pair: Pair | None = None) -> Row:

@@ -11,29 +11,35 @@ from isoform.errors import ConfigError
 from isoform.registry import nearest
 from isoform.studies.audit_rows import TERMS, Pair, Row, pairs, row, trained
 from isoform.studies.layout import Layout
+from isoform.studies.wording import percent_text
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from isoform.studies.audit_probe import Probes
+    from isoform.studies.audit_runs import Finished
 
 Terms = dict[str, float]
 
 WORDS = {
-    "data_tokens": "training tokens",
+    # Every token that the model reads in training; those that are lost upon are fewer where a question is only read.
+    "data_tokens": "tokens read",
+    "target_tokens": "target tokens",
     "updates": "updates",
     "parameters": "parameters",
     "flops": "training FLOPs",
     "seconds": "seconds of training",
     "tuning_trials": "tuning trials",
 }
+# Known of finished runs alone.
+ONLY_MADE = {"seconds", "target_tokens"}
 # Wall times of equal work differ by this much on a busy machine: not worth a line.
 SECONDS_NOISE = 0.1
 ROUNDING = 1e-9
 
 
 def planned_terms(layout: Layout, probes: Probes) -> list[Row]:
-    """Everything but time, from the plan. Raises: ConfigError for an unknown name under `equal`."""
+    """Everything but time and target tokens, from the plan. Raises: ConfigError for an unknown name under `equal`."""
     for question in layout.study.questions:
         for name in question.equal:
             if name not in WORDS:
@@ -41,30 +47,40 @@ def planned_terms(layout: Layout, probes: Probes) -> list[Row]:
                     f"questions.equal: unknown name {name!r}{nearest(name, WORDS)}; known: {', '.join(WORDS)}"
                 )
     terms = {arm: _planned(layout, probes, arm) for arm in trained(layout)}
-    return [
-        found for pair in pairs(layout) for found in _rows(layout, pair, terms, "planned", set(WORDS) - {"seconds"})
-    ]
+    return [found for pair in pairs(layout) for found in _rows(layout, pair, terms, "planned", set(WORDS) - ONLY_MADE)]
 
 
 def made_terms(layout: Layout, folder: Path) -> list[Row]:
-    """Time, and updates and tokens where a run stopped early, from the finished runs."""
+    """Time and target tokens, and updates and tokens read where a run stopped early, from the finished runs."""
     from isoform.studies.audit_runs import chains
 
+    made = chains(layout, folder)
     terms: dict[str, Terms] = {}
-    early = set()
-    for arm, runs in chains(layout, folder).items():
+    for arm, runs in made.items():
         num_seeds = len(layout.seeds)
         terms[arm] = {
             "seconds": sum(run.seconds for run in runs) / num_seeds,
             "updates": sum(run.steps for run in runs) / num_seeds,
-            "data_tokens": sum(run.tokens for run in runs) / num_seeds,
+            "target_tokens": sum(run.tokens for run in runs) / num_seeds,
         }
-        if any(run.steps != run.num_steps for run in runs):
-            early.add(arm)
+    early = {arm for arm, runs in made.items() if any(run.steps != run.num_steps for run in runs)}
     rows = []
     for pair in pairs(layout):
-        rows += _rows(layout, pair, terms, "made", {"seconds", *(WORDS if early & set(pair) else ())})
+        cut = bool(early & set(pair))
+        if cut:
+            for arm in set(pair) & set(terms):
+                terms[arm].setdefault("data_tokens", _tokens_read(layout, arm, made[arm]))
+        rows += _rows(layout, pair, terms, "made", {*ONLY_MADE, *(WORDS if cut else ())})
     return rows
+
+
+def _tokens_read(layout: Layout, arm: str, runs: list[Finished]) -> float:
+    """The plan's tokens for the updates that were made, a mean over seeds: the same unit as before training."""
+    from isoform.studies.audit_probe import Probes
+
+    with Probes(layout) as probes:
+        per_step = {stage: probe.planned_tokens / probe.run.num_steps for stage, probe in probes.chain(arm).items()}
+    return sum(run.steps * per_step[run.run.stage] for run in runs) / len(layout.seeds)
 
 
 def _planned(layout: Layout, probes: Probes, arm: str) -> Terms:
@@ -83,28 +99,39 @@ def _planned(layout: Layout, probes: Probes, arm: str) -> Terms:
 
 
 def _rows(layout: Layout, pair: Pair, terms: Mapping[str, Terms], when: str, looked_at: set[str]) -> list[Row]:
-    """A refusal for each named term that is not equal; the other unequal ones in one line."""
+    """A refusal for each named term that is not equal, one line for the named ones that are, one for what differs."""
     equal = _equal(layout, pair)
     unknown = [arm for arm in pair if arm not in terms]
     if unknown:
-        named = ", ".join(name for name in equal if name in looked_at)
+        named = ", ".join(name for name in WORDS if name in equal and name in looked_at)
         text = f"arm {unknown[0]} was not trained here, so that equal {named} cannot be checked; remove it from `equal`"
         return [row(TERMS, "refuse", text, pair)] if named else []
     first, second = (terms[arm] for arm in pair)
-    rows, others = [], []
+    rows: list[Row] = []
+    held, others = [], []
     for name in WORDS:
         if name not in looked_at or name not in first:
             continue
         difference = relative_difference(first[name], second[name])
-        told = f"{WORDS[name]} {_number(first[name])} in {pair[0]} and {_number(second[name])} in {pair[1]}"
+        told = told_apart(name, (first[name], second[name]), pair)
         if name in equal and difference > equal[name] + ROUNDING:
             text = f"{when} {told} differ by {difference:.1%}; the question allows {equal[name]:.1%} (equal.{name})"
             rows.append(row(TERMS, "refuse", text, pair))
-        elif name not in equal and difference > (SECONDS_NOISE if name == "seconds" else ROUNDING):
+        elif name in equal:
+            held.append(f"{WORDS[name]} (within {percent_text(equal[name])})" if equal[name] else WORDS[name])
+        elif difference > (SECONDS_NOISE if name == "seconds" else ROUNDING):
             others.append(told)
+    if held:
+        trained_so = ", as trained" if when == "made" else ""
+        rows.append(row(TERMS, "pass", f"equal as asked{trained_so}: {', '.join(held)}", pair))
     if others:
         rows.append(row(TERMS, "inform", f"{when}: {'; '.join(others)}", pair))
     return rows
+
+
+def told_apart(name: str, values: tuple[float, float], pair: Pair) -> str:
+    """`updates 120 in scratch and 400 in pretrained`."""
+    return f"{WORDS[name]} {_number(values[0])} in {pair[0]} and {_number(values[1])} in {pair[1]}"
 
 
 def relative_difference(first: float, second: float) -> float:

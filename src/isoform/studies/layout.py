@@ -148,19 +148,22 @@ def config_differences(layout: Layout, arm: str, reference: str) -> dict[str, An
     rows: dict[str, Any] = {}
     if list(ours) != list(theirs):
         rows["stages"] = list(ours)
-    shared = [stage for stage in ours if stage in theirs]
-    for stage in shared:
+    # A stage that the reference leaves out is compared with what the reference would make of it.
+    theirs |= {
+        stage: flat(layout.config(reference, stage, seed, layout.chosen.get(reference, {})).model_dump(mode="json"))
+        for stage in ours
+        if stage not in theirs
+    }
+    for stage in ours:
         for name in sorted(ours[stage].keys() | theirs[stage].keys()):
             if name != "name" and ours[stage].get(name) != theirs[stage].get(name):
                 rows[f"{stage}.{name}"] = ours[stage].get(name)
-    if shared != list(ours):
-        return rows
     everywhere = {
         name.split(".", 1)[1]
         for name in rows
-        if "." in name and all(rows.get(f"{stage}.{name.split('.', 1)[1]}", rows) == rows[name] for stage in shared)
+        if "." in name and all(rows.get(f"{stage}.{name.split('.', 1)[1]}", rows) == rows[name] for stage in ours)
     }
     for name in everywhere:
-        values = [rows.pop(f"{stage}.{name}") for stage in shared]
+        values = [rows.pop(f"{stage}.{name}") for stage in ours]
         rows[name] = values[0]
     return rows

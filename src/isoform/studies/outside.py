@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from isoform.errors import ConfigError, DataError
+from isoform.evaluation.metrics import columns_of
 from isoform.evaluation.predictions import read_predictions
 from isoform.registry import lookup, names
 from isoform.storage import read_json
-from isoform.studies.statistics import Scores, compare, decide, interval_over_seeds
+from isoform.studies.audit_outside import Result, audit_results, differences, read_result
+from isoform.studies.scores import Scores, Table, stacked
+from isoform.studies.statistics import compare, decide, interval_over_seeds
 
 
 def read_results(path: Path, split: str | None, metric: Any) -> Scores:
@@ -25,28 +26,27 @@ def read_results(path: Path, split: str | None, metric: Any) -> Scores:
     for place, table in zip(seeds, tables, strict=False):
         if table.keys() != tables[0].keys():
             raise DataError(f"{place}: {len(table)} examples, {len(ids)} in {seeds[0]}, and not the same ids")
-    stacked = np.array([[table[key] for key in ids] for table in tables], dtype=np.float64)
-    columns = {name: stacked[..., index] for index, name in enumerate(metric.columns)}
-    return Scores(columns, ids, list(range(len(tables))))
+    return stacked(dict(enumerate(tables)))
 
 
-def _table(path: Path, split: str | None, metric: Any) -> dict[str, list[float]]:
+def _table(path: Path, split: str | None, metric: Any) -> Table:
     rows = read_predictions(path, split)
     if not rows:
         raise DataError(f"{path}: no prediction of the split {split!r} stands there")
     table = {}
+    columns = columns_of(metric, rows[0]["stats"])
     for row in rows:
-        missing = [column for column in metric.columns if column not in row["stats"]]
+        missing = [column for column in columns if column not in row["stats"]]
         if missing:
             raise DataError(f"{path}: the row {row['id']!r} has no {missing[0]!r}, which {metric.name} needs")
-        table[str(row["id"])] = [float(row["stats"][column]) for column in metric.columns]
+        table[str(row["id"])] = {column: float(row["stats"][column]) for column in columns}
     return table
 
 
 def compare_results(
     paths: list[Path], *, metric: str | None = None, split: str | None = None, margin: float | None = None
 ) -> dict[str, Any]:
-    """Each result against the first: the same values as a study's results, without its runs.
+    """Each result against the first: the same values as a study's results, with what its runs say of themselves.
 
     Raises: ConfigError, DataError (other examples, a metric that one of them lacks).
     """
@@ -58,8 +58,9 @@ def compare_results(
     cls = lookup("metric", chosen, "--metric")
     scores = [read_results(path, split, cls) for path in paths]
     decided = decide([compare(scores[0], other, cls, margin=margin) for other in scores[1:]])
+    made = [read_result(label, path) for label, path in zip(labels, paths, strict=True)]
     arms = []
-    for label, path, found in zip(labels, paths, scores, strict=True):
+    for result, path, found in zip(made, paths, scores, strict=True):
         mean, low, high, deviation = interval_over_seeds(found, cls)
         row: dict[str, Any] = {
             "metric": chosen,
@@ -73,9 +74,9 @@ def compare_results(
             float(cls().value({name: column[index].sum() for name, column in found.columns.items()}))
             for index in range(len(found.seeds))
         ]
-        arms.append({"name": label, "results": str(path), "stages": [], "runs": [], "summary": [row], "tuning": []})
+        arms.append({**_arm(made[0], result), "results": str(path), "summary": [row], "tuning": []})
     questions = [
-        {**decision.as_dict(), "pair": [labels[0], label], "split": split, "published": None, "notes": []}
+        {**decision.as_dict(), "pair": [labels[0], label], "split": split, "published": None}
         for label, decision in zip(labels[1:], decided, strict=True)
     ]
     return {
@@ -86,7 +87,27 @@ def compare_results(
         "compare": {"metric": chosen, "split": split, "confidence": 0.95},
         "arms": arms,
         "questions": questions,
-        "audit": [*_test_ledger(paths), *_one_seed(scores)],
+        "audit": audit_results(made, split, min(len(found.seeds) for found in scores)),
+    }
+
+
+def _arm(first: Result, result: Result) -> dict[str, Any]:
+    """What the runs of a result say of themselves; empty where only predictions are there."""
+    return {
+        "name": result.name,
+        "stages": [stage["name"] for stage in result.runs[0].stages] if result.runs else [],
+        "differences": {} if result is first else differences(first, result),
+        "parameters": result.runs[0].manifest.get("model") or {} if result.runs else {},
+        "runs": [
+            {
+                "seed": run.manifest.get("seed"),
+                "stages": run.stages,
+                "final": str(run.folder),
+                "metrics": read_json(run.folder / "eval.json") if (run.folder / "eval.json").is_file() else [],
+                "diverged": run.diverged,
+            }
+            for run in result.runs
+        ],
     }
 
 
@@ -120,27 +141,8 @@ def _common_metric(paths: list[Path], split: str | None) -> str:
     columns = set.intersection(*sets)
     preferred = sorted(names("metric"), key=lambda name: (name not in {"exact_match", "accuracy"}, name))
     for name in preferred:
-        if set(lookup("metric", name).columns) <= columns:
+        if set(columns_of(lookup("metric", name), columns)) <= columns:
             return name
     raise DataError(
         f"the results share the columns {', '.join(sorted(columns)) or 'none'}, from which no metric follows"
     )
-
-
-def _test_ledger(paths: list[Path]) -> list[dict[str, Any]]:
-    """Runs whose test split was scored more than once."""
-    rows = []
-    for path in paths:
-        manifest = path / "manifest.json"
-        scored = int(read_json(manifest).get("test_scored", 0)) if manifest.is_file() else 0
-        if scored > 1:
-            message = f"{path}: the test split was scored {scored} times; what was chosen after the first is optimistic"
-            rows.append({"check": "test scored more than once", "level": "warn", "message": message, "pair": None})
-    return rows
-
-
-def _one_seed(scores: list[Scores]) -> list[dict[str, Any]]:
-    if all(len(found.seeds) > 1 for found in scores):
-        return []
-    message = "one seed: the verdict speaks of these models, not of the methods that made them"
-    return [{"check": "one seed", "level": "inform", "message": message, "pair": None}]

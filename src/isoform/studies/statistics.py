@@ -8,18 +8,17 @@ serves accuracy, loss per token, perplexity and F1 alike; `crossed` holds it, `d
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from scipy import stats
 
 from isoform.errors import DataError
-from isoform.storage import iterate_jsonl
+from isoform.evaluation.metrics import columns_of
 from isoform.studies.crossed import SMALLEST_P, half_width, mean_squares, p_value, seeds_needed, smallest_difference
+from isoform.studies.scores import Scores, same_examples
 
 if TYPE_CHECKING:
     from isoform.contracts import Floats, Metric
@@ -30,74 +29,6 @@ Verdict = Literal["better", "worse", "equivalent", "cannot-tell"]
 ROUNDING = 1e-9
 
 
-# ------------------------------------------------------------------------------------------------------------- scores
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One arm, one split: the additive statistics of every example under every seed.
-
-    Shapes: each of columns `(S, N)`; ids N; seeds S.
-    """
-
-    columns: Mapping[str, Floats]
-    ids: list[str]
-    seeds: list[int]
-
-
-def load_scores(paths_by_seed: Mapping[int, Path], split: str, metric: Any) -> Scores:
-    """The columns that a metric needs, from one predictions.jsonl a seed.
-
-    Rows are {"id", "split", "stats": {column: number}}; the order of the rows does not matter.
-    Raises: DataError where a row lacks a column or a number, an id stands twice, or the seeds' examples differ.
-    """
-    tables = {seed: _read(path, split, metric) for seed, path in paths_by_seed.items()}
-    if not tables:
-        raise DataError(f"{metric.name} on {split}: no predictions given; expected one file a seed")
-    seeds = list(tables)
-    ids = list(tables[seeds[0]])
-    for seed in seeds[1:]:
-        _same_examples(tables[seeds[0]].keys(), tables[seed].keys(), f"seed {seeds[0]}", f"seed {seed}")
-    stacked = np.array([[tables[seed][id] for id in ids] for seed in seeds], dtype=np.float64)
-    return Scores({name: stacked[..., index] for index, name in enumerate(metric.columns)}, ids, seeds)
-
-
-def _read(path: Path, split: str, metric: Any) -> dict[str, list[float]]:
-    """id -> the metric's columns, of one file and split."""
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; expected the predictions of a finished run")
-    rows: dict[str, list[float]] = {}
-    splits: dict[str, int] = {}
-    for number, row in enumerate(iterate_jsonl(path), 1):
-        where = row.get("split")
-        splits[str(where)] = splits.get(str(where), 0) + 1
-        if where not in (split, None):
-            continue
-        values = [row["stats"].get(column) for column in metric.columns]
-        for column, value in zip(metric.columns, values, strict=True):
-            if not isinstance(value, int | float) or not math.isfinite(value):
-                raise DataError(f"{path}:{number}: stats.{column} is {value!r}; {metric.name} needs a finite number")
-        if str(row["id"]) in rows:
-            raise DataError(
-                f"{path}:{number}: id {row['id']!r} stands there twice in split {split!r}; ids must be unique"
-            )
-        rows[str(row["id"])] = [float(value) for value in values]
-    if not rows:
-        known = ", ".join(f"{name} ({count} rows)" for name, count in splits.items()) or "none"
-        raise DataError(f"{path}: no row of split {split!r}; splits there: {known}")
-    return rows
-
-
-def _same_examples(first: Any, second: Any, first_name: str, second_name: str) -> None:
-    only_first, only_second = set(first) - set(second), set(second) - set(first)
-    if only_first or only_second:
-        example = next(iter(sorted(only_first or only_second)))
-        raise DataError(
-            f"the examples differ: {len(only_first)} of {len(first)} only in {first_name}, {len(only_second)} of "
-            f"{len(second)} only in {second_name}, {example!r} for one; expected the same examples in both"
-        )
-
-
 # -------------------------------------------------------------------------------------------------- a metric's spread
 
 
@@ -106,7 +37,7 @@ def pseudo_values(scores: Scores, metric: Any) -> tuple[Floats, Floats]:
 
         pseudo[i] = N value - (N - 1) value without i, moved so that their mean is the value
 
-    For a mean over examples these are the examples' own scores.
+    For a mean over examples these are the examples' own scores, where each example is one row of predictions.
     Shapes: values `(S,)`, pseudo-values `(S, N)`.
     Source: the jackknife, Tukey 1958; Efron and Tibshirani 1993, section 11.
     Raises: DataError where the metric is undefined, also without one of the examples.
@@ -115,15 +46,16 @@ def pseudo_values(scores: Scores, metric: Any) -> tuple[Floats, Floats]:
     num_examples = len(scores.ids)
     if num_examples < 2:
         raise DataError(f"{metric.name}: {num_examples} example given; expected at least 2")
-    for name in metric.columns:
+    names = columns_of(metric, scores.columns)
+    for name in names:
         if not np.isfinite(scores.columns[name]).all():
             raise DataError(f"{metric.name}: column {name} holds a value that is not a finite number; expected numbers")
-    if metric.mean_column is not None:
+    if metric.mean_column is not None and not scores.pooled:
         column = scores.columns[metric.mean_column]
         return column.mean(axis=1), column
-    sums = {name: scores.columns[name].sum(axis=1, keepdims=True) for name in metric.columns}
+    sums = {name: scores.columns[name].sum(axis=1, keepdims=True) for name in names}
     values = np.asarray(metric.value(sums), dtype=np.float64)
-    without = np.asarray(metric.value({name: sums[name] - scores.columns[name] for name in metric.columns}))
+    without = np.asarray(metric.value({name: sums[name] - scores.columns[name] for name in names}))
     if not (np.isfinite(values).all() and np.isfinite(without).all()):
         raise DataError(
             f"{metric.name}: undefined on these {num_examples} examples, or without one of them; expected more"
@@ -149,7 +81,7 @@ class Comparison:
     one-sided tests against `margin`. smallest_difference: what the study would have seen with 80 % power;
     seeds_needed: for the difference that was seen, None where no number of seeds would do or one seed says nothing
     of it. variance: of one paired difference, by seed, example and residual. speaks_of: "methods", or "models" where
-    an arm has one seed. first, second: the arms' values, means over seeds.
+    an arm has one seed. first, second: the arms' values, means over seeds. notes: what to hold against the interval.
     """
 
     metric: str
@@ -172,10 +104,11 @@ class Comparison:
     speaks_of: Literal["methods", "models"]
     variance: Mapping[str, float | None]
     p_adjusted: float | None = None
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values, for JSON."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "notes": list(self.notes)}
 
 
 def compare(
@@ -215,6 +148,7 @@ def compare(
         method="",
         speaks_of="models" if 1 in (len(first.seeds), len(second.seeds)) else "methods",
         variance={"seed": None, "example": 0.0, "residual": None},
+        notes=tuple(dict.fromkeys(note for scores in (first, second) for note in scores.notes)),
     )
     scale = max(np.abs(first_shares).max(), np.abs(second_shares).max())
     if np.ptp(differences) <= ROUNDING * scale:
@@ -228,7 +162,7 @@ def compare(
 
 def _aligned(second: Scores, first: Scores) -> Scores:
     """The second arm's columns in the order of the first's seeds and examples."""
-    _same_examples(first.ids, second.ids, "the first arm", "the second arm")
+    same_examples(first.ids, second.ids, "the first arm", "the second arm")
     seeds = second.seeds
     if len(first.seeds) > 1 and len(second.seeds) > 1:
         if set(first.seeds) != set(second.seeds):

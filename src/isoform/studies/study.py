@@ -25,7 +25,8 @@ from isoform.studies import audit
 from isoform.studies.layout import Layout, StageRun, config_differences
 from isoform.studies.outside import read_results
 from isoform.studies.report import write_report
-from isoform.studies.statistics import Comparison, Scores, compare, decide, interval_over_seeds, load_scores
+from isoform.studies.scores import Scores, load_scores
+from isoform.studies.statistics import Comparison, compare, decide, interval_over_seeds
 from isoform.studies.workers import Say, carry_out, num_jobs
 from isoform.training.run import sources_fingerprint
 
@@ -45,7 +46,7 @@ def study(
     config = study_config(values)
     with locked(folder):
         began = time.monotonic()
-        record = _record(folder, config, command)
+        record = _record(folder, config, command, say)
         layout = Layout(
             config,
             list(range(config.seed, config.seed + config.seeds)),
@@ -72,7 +73,7 @@ def study(
         return results
 
 
-def _record(folder: Path, config: StudyConfig, command: str) -> dict[str, Any]:
+def _record(folder: Path, config: StudyConfig, command: str, say: Say) -> dict[str, Any]:
     """The study's manifest: precision and machine are chosen once and kept by every resume."""
     path = folder / "manifest.json"
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
@@ -81,6 +82,10 @@ def _record(folder: Path, config: StudyConfig, command: str) -> dict[str, Any]:
         record: dict[str, Any] = read_json(path)
         if record["fingerprint"] == key:
             return record
+        say(
+            f"{folder} holds another study, or an earlier form of this one: its results and report are written anew, "
+            "finished stages that this one shares are kept"
+        )
     wanted = {**config.base.get("train", {})}.get("precision", "auto")
     record = {
         "format": 1,
@@ -176,7 +181,6 @@ def conclude(
             "split": question.split or config.compare.split,
             "margin": question.margin,
             "published": question.published,
-            "notes": [],
         }
         for question, decision in zip(config.questions, decided, strict=True)
     ]
@@ -194,6 +198,7 @@ def conclude(
         "machine": record["machine"],
         "precision": record["precision"],
         "seconds": record["seconds"],
+        "jobs": record.get("jobs"),
         "started": record["started"],
         "finished": record["finished"],
     }
