@@ -467,9 +467,25 @@ def test_the_data_of_every_stage(study: Path, own_study: Path) -> None:
     text = check_page(render_html(study)).text
     assert "2,937" in text and "1 exact, 0 near, such as “Where was George Stone born?”" in text
     assert "tokens dropped" in text and "cecb1b705c6540c2" not in text
+    files = {"builtin:a": ".jsonl 0ac9d88a", "b.tsv": ".tsv 6cc0b8c5"}
+    change(own_study, data={"one": {"datasets": {}, "splits": {"sources": {"train": files}}}})
+    page = check_page(render_html(own_study))
+    assert all(word in page.text for word in ("builtin:a", "b.tsv", "0ac9d88a", "6cc0b8c5"))
+    assert "{" not in page.text and "| train | b.tsv | 6cc0b8c5 |" in render_markdown(own_study)
     change(own_study, data={"train": {"documents": 77_777}, "overlap": {"exact": 3}})
     text = check_page(render_html(own_study)).text
     assert "77,777" in text and "overlap, exact" in text
+
+
+def test_the_cost_says_how_many_ran_at_a_time_and_which_tokens_are_counted(own_study: Path) -> None:
+    change(own_study, jobs=None)
+    assert "at a time" not in check_page(render_html(own_study)).text
+    storage.write_json(own_study / "manifest.json", {"jobs": 2})
+    text = check_page(render_html(own_study)).text
+    assert ", 2 at a time" in text, "an older study says so in its manifest"
+    change(own_study, jobs=3)
+    text = check_page(render_html(own_study)).text
+    assert ", 3 at a time" in text and "target tokens" in text and "tokens trained on" not in text
 
 
 def test_a_folder_without_results_is_refused(tmp_path: Path) -> None:
@@ -580,6 +596,14 @@ def test_markdown_says_the_same(study: Path) -> None:
         else:
             widths.clear()
     assert write_report(study, "md").read_text(encoding="utf-8") == text
+
+
+def test_markdown_escapes_what_means_something_and_no_more() -> None:
+    assert escape_markdown("see (train.max_epochs), at last!") == "see (train.max_epochs), at last!"
+    assert escape_markdown("_a_ *b* [c](d) x_ __y") == r"\_a\_ \*b\* \[c\](d) x\_ \_\_y"
+    assert escape_markdown("# a") == r"\# a" and escape_markdown("a #1") == "a #1"
+    assert escape_markdown("1. a") == r"1\. a" and escape_markdown("1) a") == r"1\) a"
+    assert escape_markdown("{a} {{ b }} {% c %}") == r"{a} \{\{ b }} \{% c %}"
 
 
 def printed(study: Path, **options: Any) -> str:

@@ -170,7 +170,8 @@ def _row_scale(domain: tuple[float, float]) -> Scale:
 # ------------------------------------------------------------------------------------------------------------- curves
 
 WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 60, 12, 12, 40
+# Room on the left for ticks of seven characters beside the turned label.
+LEFT, RIGHT, TOP, BOTTOM = 76, 12, 12, 40
 
 
 def curves(

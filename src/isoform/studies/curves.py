@@ -128,7 +128,8 @@ def _loss(trained: Sequence[_Trained]) -> Chart | None:
         series.append(_over_seeds(line, smoothed))
     joined = np.concatenate([line.y[np.isfinite(line.y)] for line in series]) if series else np.empty(0)
     log_y = len(joined) > 0 and joined.min() > 0 and joined.max() / joined.min() > LOG_FROM_RATIO
-    figure = charts.curves(series, "Training loss", axis, "nats per target token", _count_tick, _short, log_y)
+    words = _axis_words(axis)
+    figure = charts.curves(series, "Training loss", words, "nats per target token", _count_tick, _short, log_y)
     if figure is None:
         return None
     note = f"Each point is the mean over {max(widths)} steps" if max(widths) > 1 else "Every step is drawn"
@@ -149,7 +150,7 @@ def _evaluations(trained: Sequence[_Trained], results: Results) -> list[Chart]:
         series = [_over_seeds(line, [(seed[axis], seed["value"]) for seed in curves[line.name]]) for line in trained]
         unit = {"fraction": "%", "number": ""}.get(unit_of(metric), unit_of(metric))
         title = f"{metric_words(metric)} on {split}"
-        figure = charts.curves(series, title, axis, unit, _count_tick, _value_ticks(metric))
+        figure = charts.curves(series, title, _axis_words(axis), unit, _count_tick, _value_ticks(metric))
         if figure is not None:
             found.append(Chart(title[:1].upper() + title[1:], figure, ""))
     return found
@@ -163,7 +164,7 @@ def _rate(trained: Sequence[_Trained]) -> Chart | None:
         if seed is not None:
             chosen = np.unique(np.linspace(0, len(seed["lr"]) - 1, NUM_BINS).astype(int))
             series.append(charts.Series(line.name, line.colour, seed[axis][chosen], seed["lr"][chosen]))
-    figure = charts.curves(series, "Learning rate", axis, "learning rate", _count_tick, _short)
+    figure = charts.curves(series, "Learning rate", _axis_words(axis), "learning rate", _count_tick, _short)
     return None if figure is None else Chart("Learning rate", figure, "")
 
 
@@ -182,7 +183,7 @@ def _routing(trained: Sequence[_Trained]) -> list[Chart | None]:
         ("Router entropy", entropy, "nats", "Mean over tokens and layers; 0: every router is sure."),
         ("Use of experts", use, "even shares", "Lines: the least used expert of all layers; bands: to the most used."),
     ):
-        figure = charts.curves(series, title, axis, unit, _count_tick, _short)
+        figure = charts.curves(series, title, _axis_words(axis), unit, _count_tick, _short)
         found.append(None if figure is None else Chart(title, figure, note))
     return found
 
@@ -199,6 +200,10 @@ def _axis(seeds: Any) -> str:
     return (
         "tokens" if seeds and all("tokens" in seed and np.isfinite(seed["tokens"]).all() for seed in seeds) else "step"
     )
+
+
+def _axis_words(axis: str) -> str:
+    return "target tokens" if axis == "tokens" else axis
 
 
 def _binned(x: Column, y: Column) -> tuple[Column, Column]:

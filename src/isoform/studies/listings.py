@@ -64,7 +64,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
             [
                 str(stage["name"]),
                 str(stage["runs"]),
-                f"{model['total']:,}" + (f" ({model['active']:,} active)" if model["active"] < model["total"] else "")
+                f"{model['total']:,}"
+                + (f" ({model['active']:,} active)" if model["active"] < model["total"] else "")
                 + (f" ({model['trainable']:,} trained)" if model["trainable"] < model["total"] else ""),
                 f"{stage['steps']:,}",
                 f"{stage['tokens']:,}",

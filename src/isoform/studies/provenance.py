@@ -44,7 +44,9 @@ def differences(results: Results) -> list[Row]:
             "name": arm.get("name"),
             "stages": " → ".join(map(str, arm.get("stages") or ())) or "as it is",
             "settings": [
-                (key, shorten(plain_text(value), 200)) for key, value in (arm.get("differences") or {}).items()
+                (key, shorten(plain_text(value), 200))
+                for key, value in (arm.get("differences") or {}).items()
+                if key != "stages"  # they have a column of their own
             ],
             "first": index == 0,
         }
@@ -88,10 +90,23 @@ def _passport_part(stage: str, part: Mapping[str, Any]) -> Row:
         lines += [_overlap(row) for row in overlaps if isinstance(row, dict)]
     else:
         lines += [(f"overlap, {_words(key)}", _brief(value)) for key, value in _flat(overlaps)]
-    told = {"overlap", "documents", "fingerprints"}
+    told = {"overlap", "documents", "fingerprints", "sources"}
     lines += [(_words(key), _brief(value)) for key, value in splits.items() if key not in told]
     lines = [(name, value) for name, value in lines if value]
-    return {"stage": stage, "columns": [_words(key) for key in columns], "rows": rows, "lines": lines}
+    columns = [_words(key) for key in columns]
+    return {"stage": stage, "columns": columns, "rows": rows, "sources": _sources(splits), "lines": lines}
+
+
+def _sources(splits: Mapping[str, Any]) -> list[Row]:
+    """Which files each split was read from, with the fingerprints of their contents."""
+    found = splits.get("sources")
+    if not isinstance(found, dict):
+        return []
+    return [
+        {"split": split, "source": clean(source), "fingerprint": clean(str(value).rpartition(" ")[2])}
+        for split, files in found.items()
+        for source, value in (files.items() if isinstance(files, dict) else [(plain_text(files), "")])
+    ]
 
 
 def _overlap(row: Mapping[str, Any]) -> tuple[str, str]:
@@ -112,8 +127,8 @@ def cost(results: Results) -> list[tuple[str, str]]:
     seconds = total_of(stage.get("seconds") for stage in stages.values())
     rows = [
         ("whole time", wording.duration_text(results.get("seconds"))),
-        ("all stages together", wording.duration_text(seconds) if len(stages) > 1 else MISSING),
-        ("tokens trained on", wording.count_text(total_of(stage.get("tokens") for stage in stages.values()))),
+        ("all stages together", _together(seconds, results.get("jobs")) if len(stages) > 1 else MISSING),
+        ("target tokens", wording.count_text(total_of(stage.get("tokens") for stage in stages.values()))),
         ("stages trained", str(len(stages)) if len(stages) > 1 else MISSING),
         ("precision", plain_text(results["precision"]) if results.get("precision") else MISSING),
     ]
@@ -122,6 +137,12 @@ def cost(results: Results) -> list[tuple[str, str]]:
         machine = {"": machine}
     rows += [_part(key, value) for key, value in _flat(machine)]
     return [(name, value) for name, value in rows if value not in (MISSING, "")]
+
+
+def _together(seconds: float | None, jobs: Any) -> str:
+    """The stages' own times added up; where several ran at a time, that is more than the clock showed."""
+    at_a_time = f", {jobs} at a time" if is_number(jobs) and jobs > 1 and seconds is not None else ""
+    return f"{wording.duration_text(seconds)}{at_a_time}"
 
 
 def again(results: Results) -> Row:

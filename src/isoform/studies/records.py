@@ -44,6 +44,8 @@ class Records:
             raise DataError(
                 f"{folder / 'results.json'}: not a study's results; run the study again or restore the file"
             )
+        if self.is_study and results.get("jobs") is None:
+            results["jobs"] = (self._json("manifest.json") or {}).get("jobs")
         self.results: Results = results
 
     def config_text(self, name: str) -> str | None:

@@ -114,15 +114,20 @@ def _clean_value(value: Any) -> Any:
 
 
 def escape_markdown(value: Any) -> str:
-    """Text that a markdown reader shows as it is, on one line, also inside a table."""
+    """Text that a markdown reader shows as it is, on one line, also inside a table.
+
+    An underscore within a word, a bracket that follows no link's text and a mark before none mean nothing there.
+    """
     one_line = re.sub(r"\s+", " ", clean(value))
     escaped = (
-        re.sub(r"([\\`*_{}\[\]()#|~!$])", r"\\\1", one_line)
+        re.sub(r"([\\`*\[\]|~$]|\{(?=[{%])|(?<=\{)\{|_(?![^\W_])|(?<![^\W_])_)", r"\\\1", one_line)
         .replace("&", "&amp;")
         .replace("<", "&lt;")
         .replace(">", "&gt;")
     )
-    return re.sub(r"^([-+=]|\d+\.)(?=\s|$)", r"\\\1", escaped)
+    # What only means something where a line begins.
+    escaped = re.sub(r"^(#+|[-+=])(?=\s|$)", r"\\\1", escaped)
+    return re.sub(r"^(\d+)([.)])(?=\s|$)", r"\1\\\2", escaped)
 
 
 # -------------------------------------------------------------------------------------------------------------- words

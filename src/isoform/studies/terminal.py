@@ -72,7 +72,7 @@ def print_run(folder: Path, console: Console) -> None:
         print_table(console, heads, rows, num_text_columns=2)
     facts = {
         "steps": wording.count_text(stage["steps"]),
-        "tokens": wording.count_text(stage["tokens"]),
+        "target tokens": wording.count_text(stage["tokens"]),
         "final loss": wording.value_text(stage["final_loss"], "loss"),
         "time": wording.duration_text(stage["seconds"]),
     }
@@ -89,7 +89,7 @@ def _print_arms(results: Results, console: Console) -> None:
     if shown is None:
         return
     unit = f", {shown['unit']}" if shown["unit"] else ""
-    heads = ["arm", f"{shown['title']}{unit}", f"{shown['confidence']} interval", "parameters", "tokens", "time"]
+    heads = ["arm", f"{shown['title']}{unit}", f"{shown['confidence']} interval", "parameters", "target tokens", "time"]
     columns = ("mean", "interval", "parameters", "tokens", "time")
     rows = [[str(row["name"]), *(row[column] for column in columns)] for row in shown["rows"]]
     print_table(console, heads, rows, num_text_columns=1)
