@@ -156,7 +156,7 @@ def _cache() -> Path:
 
 
 def predict(model: str | Path, inputs: str | Iterable[str]) -> list[dict[str, Any]]:
-    """One object an input, in order: {input, answer}."""
+    """One object an input, in order: {input, answer}, or of a classifier {input, label, probabilities}."""
     from isoform.serving.use import open_model, tell_unknown
     from isoform.serving.use import predict as answer
 

@@ -37,18 +37,10 @@ BEGIN, END = ("cls", "bos"), ("sep", "eos")
 LABEL = "_label"
 # Equal parts of the range of confidence, in which it is compared with the share of right answers.
 BINS = 15
+AVERAGES = ("macro_f1", "macro_precision", "macro_recall", "weighted_f1")
 METRICS: dict[Task, tuple[str, ...]] = {
-    "single-label": (
-        "accuracy",
-        "macro_f1",
-        "macro_precision",
-        "macro_recall",
-        "weighted_f1",
-        "mcc",
-        "loss",
-        "calibration_error",
-    ),
-    "multi-label": ("accuracy", "macro_f1", "macro_precision", "macro_recall", "weighted_f1", "loss"),
+    "single-label": ("accuracy", *AVERAGES, "mcc", "loss", "calibration_error"),
+    "multi-label": ("accuracy", *AVERAGES, "loss"),
     "regression": ("mse", "mae", "pearson", "loss"),
 }
 
@@ -144,7 +136,10 @@ class Classify:
 
     def fitted(self, model: Any, seed: int) -> Any:
         """The model with a classifier for these labels: its own, or a fresh one drawn from the seed."""
-        if model.config.classifier is not None and not self.config.new_head:
+        has: Classifier | None = model.config.classifier
+        if has is not None and not self.config.new_head:
+            if has.labels != self.labels:
+                raise ConfigError(f"model.classifier.labels: {has.labels} given, {self.labels} is expected")
             return model
         shape: heads.Shape = type(model).classifier_shape
         rate = self.config.dropout
