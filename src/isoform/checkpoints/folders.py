@@ -5,6 +5,7 @@ model.safetensors        weights under the names of that form (several files and
 tokenizer.json ...       the tokenizer
 generation_config.json   the ids that begin, end and pad a text; the longest text
 isoform.json             family and Config, so that loading is exact in either case; why there is no HF form, if so
+adapter_config.json ...  in place of config.json and weights: an adapter alone, see `adapters`
 manifest.json            size and SHA-256 of each file, written last
 """
 
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ import torch
 from torch import Tensor
 
 from isoform import registry, storage
-from isoform.checkpoints import manifest, tensors
+from isoform.checkpoints import adapters, manifest, tensors
 from isoform.checkpoints.gguf import read_gguf
 from isoform.checkpoints.sources import pickle_error, pickles, resolve_model
 from isoform.checkpoints.tensors import read_object
 from isoform.contracts import Tokenizer
 from isoform.errors import CheckpointError, IsoformError
+from isoform.models.lora import active_adapter, adapter_state, adapters_of, base_fingerprint, base_state
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer
 
 NATIVE_PREFIX = "isoform-"
@@ -50,11 +52,15 @@ class LoadedModel:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """A model as it goes to disk: config.json, tensors under that config's names, why it is not HF's form if so."""
+    """A model as it goes to disk: config.json, tensors under that config's names, why it is not HF's form if so.
+
+    adapter: whether that is its active adapter alone, without its base.
+    """
 
     config: dict[str, Any]
     weights: dict[str, Tensor]
     native_because: str | None
+    adapter: bool = False
 
 
 # ------------------------------------------------------------------------------------------------------------- saving
@@ -70,6 +76,8 @@ def save_model(
 ) -> None:
     """Writes a model folder, whole or not at all; `extra` is kept in isoform.json (label names, where it came from).
 
+    Of an adapted model: the folder of its active adapter; its base stands elsewhere.
+
     Raises: DiskError where it does not fit or may not be written.
     """
     form = disk_form(model, tokenizer)
@@ -79,10 +87,31 @@ def save_model(
         manifest.write(staged)
 
 
+def save_base(folder: Path, model: Any, tokenizer: Tokenizer | None) -> None:
+    """Writes the frozen base of an adapted model, once; of any other model, nothing.
+
+    Raises: CheckpointError where the folder holds another base: the adapter would go on from other weights.
+    """
+    adapted = adapters_of(model)
+    if active_adapter(model) is None or adapted is None:
+        return
+    adapted.base_folder = str(folder.resolve())
+    fingerprint, about = base_fingerprint(model), folder / "isoform.json"
+    if about.is_file():
+        if read_object(about)["extra"].get("base_fingerprint") != fingerprint:
+            raise CheckpointError(f"{folder}: holds another base than this run's; use another --out")
+        return
+    base = type(model)(model.config, seed=None)
+    base.load_state_dict(base_state(model))
+    save_model(folder, base, tokenizer, extra={"base_fingerprint": fingerprint})
+
+
 def disk_form(model: Any, tokenizer: Tokenizer | None) -> Form:
     """The Hugging Face form of a model where its family has one, else its own names under a native config."""
+    if active_adapter(model) is not None:
+        return Form(*adapters.peft_form(model), adapter=True)
     config, reason = model.hf_form(model.config)
-    weights = dict(model.state_to_hf()) if config is not None else dict(model.state_dict())
+    weights = dict(model.state_to_hf()) if config is not None else base_state(model)
     if config is None:
         config = {"model_type": NATIVE_PREFIX + family_of(model), **model.config.model_dump(mode="json")}
     else:
@@ -105,11 +134,15 @@ def write_files(
     max_shard_bytes: int = tensors.MAX_SHARD_BYTES,
 ) -> None:
     """Writes every file of a model folder but its manifest."""
-    storage.write_json(folder / "config.json", form.config)
-    tensors.write_model(folder, form.weights, max_shard_bytes=max_shard_bytes)
+    if form.adapter:
+        storage.write_json(folder / adapters.CONFIG, form.config)
+        tensors.write_tensors(folder / adapters.WEIGHTS, form.weights)
+    else:
+        storage.write_json(folder / "config.json", form.config)
+        tensors.write_model(folder, form.weights, max_shard_bytes=max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(folder)
-        if model.capabilities & {"causal", "encoder-decoder"}:
+        if not form.adapter and model.capabilities & {"causal", "encoder-decoder"}:
             longest = {} if model.max_positions is None else {"max_length": model.max_positions}
             storage.write_json(folder / "generation_config.json", {**_special_ids(tokenizer, model), **longest})
     about = {
@@ -118,6 +151,7 @@ def write_files(
         "native_because": form.native_because,
         "tokenizer": None if tokenizer is None else tokenizer.fingerprint(),
         "extra": extra or {},
+        **({"base_fingerprint": base_fingerprint(model)} if form.adapter else {}),
     }
     storage.write_json(folder / "isoform.json", about)
 
@@ -139,16 +173,50 @@ def _special_ids(tokenizer: Tokenizer, model: Any) -> dict[str, int | None]:
 
 
 def load_model(
-    path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
 ) -> LoadedModel:
     """A model from any source of `checkpoints.sources`: run, isoform or Hugging Face folder, package, hub.
 
-    dtype: of the parameters; None: as stored. Damaged files, pickles, remote code, and tensors that are unknown,
+    base: of an adapter, where its folder does not say or no longer rightly. dtype: of the parameters; None: as stored.
+    Damaged files, pickles, remote code, and tensors that are unknown,
     missing or of another shape are refused by name. Raises: CheckpointError.
     """
     folder = resolve_model(path)
     if folder.suffix == GGUF_SUFFIX and folder.is_file():
         return _load_gguf(folder, dtype, device)
+    if adapters.is_adapter(folder):
+        return _load_adapted(folder, base, dtype, device)
+    return _load_whole(folder, dtype, device)
+
+
+def _load_adapted(
+    folder: Path, base: str | Path | None, dtype: torch.dtype | None, device: str | torch.device
+) -> LoadedModel:
+    """The base of an adapter, with the adapter on it."""
+    verified = (folder / manifest.NAME).is_file()
+    if verified:
+        manifest.verify(folder)
+    place = resolve_model(base) if base is not None else adapters.find_base(folder)
+    if place != folder and adapters.is_adapter(place):
+        raise CheckpointError(f"{folder}: its base {place} is an adapter too; merge that first")
+    is_file = place.is_file()
+    loaded = _load_gguf(place, dtype, device) if is_file else _load_whole(place, dtype, device)
+    adapters.load_adapter(loaded.model, folder)
+    adapters.check_base(loaded.model, folder)
+    loaded.model.adapters.base_folder = str(place.resolve())
+    loaded.model.eval()
+    own, _ = _load_tokenizer(folder, loaded.config)
+    about = read_object(folder / "isoform.json") if (folder / "isoform.json").is_file() else {}
+    changed = {"path": str(folder), "base": str(place), "verified": verified, "extra": about.get("extra") or {}}
+    return replace(loaded, tokenizer=own or loaded.tokenizer, info={**loaded.info, **changed})
+
+
+def _load_whole(folder: Path, dtype: torch.dtype | None, device: str | torch.device) -> LoadedModel:
+    """The model of a folder with a config.json and weights."""
     verified = (folder / manifest.NAME).is_file()
     if verified:
         manifest.verify(folder)
@@ -194,6 +262,16 @@ def _filled(
     model.to(device)
     model.eval()
     return model
+
+
+def weights_file(folder: Path) -> Path:
+    """The file with what was trained in it, of a folder that `save_model` wrote."""
+    return folder / (adapters.WEIGHTS if adapters.is_adapter(folder) else tensors.SINGLE)
+
+
+def kept_tensors(model: Any) -> dict[str, Tensor]:
+    """What a training state holds, under the model's own names: everything, or what its adapter trains."""
+    return dict(model.state_dict()) if active_adapter(model) is None else adapter_state(model)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:

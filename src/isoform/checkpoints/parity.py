@@ -61,17 +61,14 @@ def compare(loaded: LoadedModel, folder: Path) -> Parity:
     """Reads the folder with transformers too and compares; `why_not` must have found nothing against it."""
     theirs = _theirs(folder, loaded.info["hf_config"])
     model = loaded.model.to(torch.float32).eval()
-    longest = model.max_positions or max(LENGTHS)
-    lengths = [min(length, longest) for length in LENGTHS]
-    batch = _batch(lengths, int(model.config.vocab_size), int(theirs.config.pad_token_id or 0))
+    batch = probe_batch(model, int(theirs.config.pad_token_id or 0))
     ids, mask = _padded(batch)
     if theirs.config.pad_token_id is None:  # a classifier on the last token looks for it
         theirs.config.pad_token_id = 0
     ids = torch.where(mask.bool(), ids, theirs.config.pad_token_id)
     real = mask.bool()
     inputs = {"input_ids": ids, "attention_mask": mask}
-    if "encoder-decoder" in model.capabilities:
-        batch.source = batch
+    if batch.source is not None:
         inputs |= {"decoder_input_ids": ids, "decoder_attention_mask": mask}
     with torch.no_grad():
         output = theirs(**inputs, output_hidden_states=True)
@@ -122,6 +119,16 @@ def _quiet() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
+
+
+def probe_batch(model: Any, padding: int = 0) -> Batch:
+    """Random tokens for a model, on its device, in sequences of unlike length; none is the padding."""
+    longest = model.max_positions or max(LENGTHS)
+    batch = _batch([min(length, longest) for length in LENGTHS], int(model.config.vocab_size), padding)
+    batch = batch.to(next(model.parameters()).device)
+    if "encoder-decoder" in model.capabilities:
+        batch.source = batch
+    return batch
 
 
 def _batch(lengths: list[int], vocab_size: int, padding: int) -> Batch:

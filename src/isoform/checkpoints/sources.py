@@ -1,7 +1,7 @@
 """Where the weights are that a person speaks of: a run, a folder, a file, a package, the hub.
 
 runs/NAME                     its final model
-FOLDER                        a folder that holds config.json
+FOLDER                        a folder that holds config.json, or an adapter's adapter_config.json
 FILE.gguf                     one file with weights, tokenizer and config in it
 pkg:NAME[/PATH]               what an installed Python package carries; PATH: which of several
 hf:OWNER/NAME[@REVISION]      a folder of the Hugging Face hub
@@ -18,6 +18,8 @@ from isoform.errors import CheckpointError
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz")
 # Files that mean that a folder with a config.json holds a model, read here or not.
 WEIGHTS = (".safetensors", ".onnx", ".h5", ".msgpack", *PICKLES)
+# What a folder of a model holds: a whole one, or an adapter on another.
+CONFIGS = ("config.json", "adapter_config.json")
 EXPECTED = "a model folder, a run folder, a .gguf file, pkg:NAME or hf:owner/name[@revision] is expected"
 
 
@@ -36,10 +38,9 @@ def resolve_model(source: str | Path) -> Path:
         return _file(path)
     if not path.is_dir():
         raise CheckpointError(f"{source}: no such folder; {EXPECTED}")
-    if (path / "config.json").is_file():
-        return path
-    if (path / "final" / "config.json").is_file():
-        return path / "final"
+    for folder in (path, path / "final"):
+        if any((folder / name).is_file() for name in CONFIGS):
+            return folder
     states = sorted((path / "checkpoints").glob("step-*")) or sorted(path.glob("step-*"))
     if states:
         raise CheckpointError(

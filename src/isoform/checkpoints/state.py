@@ -4,6 +4,7 @@
                    state/run.json                tokens, data cursor, random streams, numbers of the optimiser
                    state/optimizer.safetensors   tensors of the optimiser: `parameter name/state name`
                    state/master.safetensors      the weights, only where the model folder does not hold them bit by bit
+                                                 (of an adapted model: the adapter's, without the frozen base)
                    manifest.json                 step, size and SHA-256 of each file, written last
 
 The newest step is the highest one whose files all have the hashes of its manifest; times of files are never looked at.
@@ -66,7 +67,7 @@ def save_state(
     small, and with nothing half-written where it runs out on the way.
     """
     form = folders.disk_form(model, tokenizer)
-    master = {} if _is_exact(model, form) else dict(model.state_dict())
+    master = {} if _is_exact(model, form) else folders.kept_tensors(model)
     moments = _flat(run_state.optimizer)
     size = sum(tensors.num_bytes(table) for table in (form.weights, master, moments))
     step = run_state.step
@@ -173,7 +174,9 @@ def _manifest_step(path: Path, value: dict[str, Any]) -> int:
 
 
 def _is_exact(model: Any, form: folders.Form) -> bool:
-    """Whether the weights come back from the form on disk bit by bit."""
+    """Whether the weights come back from the form on disk bit by bit; an adapter's need their base for that."""
+    if form.adapter:
+        return False
     if form.native_because is not None:
         return True
     back = model.state_from_hf(form.config, form.weights)

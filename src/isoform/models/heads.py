@@ -155,12 +155,15 @@ def attach(model: Any, wanted: Classifier, seed: int) -> Any:
     cls = type(model)
     grown = cls(model.config.model_copy(update={"classifier": wanted, **without_heads(cls.Config)}), seed=seed)
     state = grown.state_dict()
+    new = set(state)
     for name, tensor in model.state_dict().items():
         layer, _, kind = name.rpartition(".")
         place = f"{cls.classifier_shape.carried.get(layer, layer)}.{kind}"
         if place in state and not name.startswith("classifier."):
             state[place] = tensor
+            new.discard(place)
     grown.load_state_dict(state)
+    grown.new_parameters = frozenset(new)  # an adapter trains them too
     return grown
 
 

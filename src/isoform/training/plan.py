@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from isoform.checkpoints.folders import kept_tensors
 from isoform.config import RunConfig
 from isoform.evaluation.evaluate import Thinned, evaluate
 from isoform.models.accounting import accounts
@@ -49,7 +50,9 @@ def plan_run(run: Prepared, *, probe: bool = True) -> dict[str, Any]:
     epochs = run.num_steps / plan.steps_per_epoch
     tokens = int(plan.lengths.sum() * epochs)
     sizes = accounts(run.model, run.config.text.max_tokens)
-    num_parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    # Folders of an adapted model hold what it trains; its base is there once.
+    kept = sum(tensor.numel() for tensor in kept_tensors(run.model).values())
+    frozen = sizes["total"] - kept if kept < sizes["total"] else 0
     seconds_step = _seconds_per_step(run) if probe else None
     evaluations = _num_evaluations(run)
     seconds_evaluation = _seconds_per_evaluation(run) if probe else None
@@ -66,7 +69,7 @@ def plan_run(run: Prepared, *, probe: bool = True) -> dict[str, Any]:
         "precision": run.precision,
         "device": str(run.device),
         "evaluations": evaluations,
-        "disk_bytes": num_parameters * (MODEL_BYTES * folders + CHECKPOINT_BYTES * train.keep_checkpoints),
+        "disk_bytes": kept * (MODEL_BYTES * folders + CHECKPOINT_BYTES * train.keep_checkpoints) + MODEL_BYTES * frozen,
         "peak_memory_bytes": _peak_memory_bytes(),
         "learning_rates": _thinned(rates),
         "warnings": warnings(run, rates),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from isoform import machine
+from isoform.checkpoints.adapters import merge
 from isoform.checkpoints.folders import load_model
 from isoform.checkpoints.sources import is_named
 from isoform.config import DataConfig, RunConfig
@@ -23,6 +24,7 @@ from isoform.data.corpus import Dataset, build_dataset
 from isoform.data.plan import BatchPlan
 from isoform.data.splits import SplitSources, load_splits
 from isoform.errors import ConfigError
+from isoform.models.lora import active_adapter
 from isoform.objectives.routing import with_routing
 from isoform.registry import build_options, component, lookup, names
 from isoform.storage import fingerprint
@@ -86,6 +88,7 @@ def prepare(
     schedule_class, schedule_options = component("schedule", config.train.schedule, "train.schedule")
     optimizer_class, optimizer_options = component("optimizer", config.train.optimizer, "train.optimizer")
     objective_class, objective_options = component("objective", config.objective, "objective")
+    adapter = None if config.adapter is None else component("adapter", config.adapter, "adapter")
     for tracker in config.track:
         lookup("tracker", tracker, "track")
     family, options, start = _model_section(config, start)
@@ -120,6 +123,8 @@ def prepare(
         model, family_name = family(model_config, seed=config.seed), str(config.model["family"])
     else:
         model, model_config, family_name = loaded.model, loaded.config, loaded.family
+    if for_training and active_adapter(model) is not None:
+        model = merge(model).model  # what an earlier stage has learned is part of this one's base
     limit = model.max_positions
     if limit is not None and limit < max_tokens:
         raise ConfigError(f"text.max_tokens: {max_tokens} given, but the model has {limit} positions; lower it")
@@ -137,12 +142,15 @@ def prepare(
         lambda length: objective if length == max_tokens else objective_class(objective_options, tokenizer, length),
         model,
     )
+    if adapter is not None and for_training:
+        adapter_class, adapter_options = adapter
+        adapter_class(adapter_options).attach(model, seed=config.seed)
     batch_plan, num_steps = _batches(config, objective, datasets.get("train")) if for_training else (None, 0)
     if batch_plan is not None:
         schedule_options.warmup(num_steps)
     return Prepared(
         config=config,
-        resolved=_resolved(config, objective_options, schedule_options, optimizer_options, model_config),
+        resolved=_resolved(config, objective_options, schedule_options, optimizer_options, model_config, adapter),
         splits=splits,
         tokenizer=tokenizer,
         objective=objective,
@@ -299,12 +307,15 @@ def _resolved(
     schedule: Any,
     optimizer: Any,
     model_config: Any,
+    adapter: tuple[type[Any], Any] | None,
 ) -> dict[str, Any]:
     """The config as plain values with the defaults of every component in it."""
     values = config.model_dump(mode="json")
     values["objective"] = {"kind": config.objective["kind"], **objective.model_dump(mode="json")}
     values["train"]["schedule"] = {"kind": config.train.schedule["kind"], **schedule.model_dump(mode="json")}
     values["train"]["optimizer"] = {"kind": config.train.optimizer["kind"], **optimizer.model_dump(mode="json")}
+    if config.adapter is not None and adapter is not None:
+        values["adapter"] = {"kind": config.adapter["kind"], **adapter[1].model_dump(mode="json")}
     if "from" not in config.model:
         values["model"] = {"family": config.model["family"], **model_config.model_dump(mode="json")}
     return values
