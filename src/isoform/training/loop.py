@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.folders import kept_tensors, save_model
 from isoform.checkpoints.randomness import random_streams, restore_random_streams
 from isoform.checkpoints.state import Loaded, optimizer_state_by_name, restore_optimizer, save_state
 from isoform.contracts import RunState
@@ -82,7 +82,7 @@ class Loop:
     def resume(self, found: Loaded) -> None:
         """Goes on from a checkpoint."""
         with torch.no_grad():
-            for name, tensor in self.run.model.state_dict().items():
+            for name, tensor in kept_tensors(self.run.model).items():
                 tensor.copy_(found.tensors[name])
         restore_optimizer(self.optimizers, self.names, found.state.optimizer)
         self.state = found.state

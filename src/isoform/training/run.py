@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import isoform
 from isoform import machine
-from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints.folders import load_model, save_base, save_model, weights_file
 from isoform.checkpoints.state import latest_state
 from isoform.config import RunConfig
 from isoform.errors import CheckpointError, ConfigError, DataError
@@ -109,6 +109,7 @@ def _train(
             return RunResult(folder, read_json(folder / "eval.json"), read_json(manifest_path))
         write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
         write_json(manifest_path, _manifest(run, accelerator, started))
+        save_base(folder / "base", run.model, run.tokenizer)
     accelerator.wait_for_everyone()
     damaged: list[dict[str, Any]] = []
     found = latest_state(folder / "checkpoints", lambda kind, **what: damaged.append(what)) if resume else None
@@ -139,7 +140,7 @@ def _train(
         manifest.update(
             complete=True,
             finished=_now(),
-            final_sha256=sha256_file(folder / "final" / "model.safetensors"),
+            final_sha256=sha256_file(weights_file(folder / "final")),
             config_unread=reads.unread(config),
         )
         write_json(manifest_path, manifest)
@@ -164,7 +165,7 @@ def score_as_is(config: RunConfig, folder: Path, *, precision: str | None = None
         write_json(folder / "eval.json", rows)
         write_json(folder / "selections.json", {"final": "last", "selections": {"last": {"step": 0, "rows": rows}}})
         manifest.update(steps=0, tokens=0, seconds={"training": 0.0, "total": time.monotonic() - began}, complete=True)
-        manifest.update(finished=_now(), final_sha256=sha256_file(folder / "final" / "model.safetensors"))
+        manifest.update(finished=_now(), final_sha256=sha256_file(weights_file(folder / "final")))
         write_json(folder / "manifest.json", manifest)
     return RunResult(folder, rows, manifest)
 
