@@ -524,6 +524,7 @@ def test_a_study_in_order_passes_every_check_once(finished: Finished) -> None:
         audit_rows.ARTEFACT,
         audit_rows.DIVERGED,
         audit_rows.DAMAGED,
+        audit_rows.WINDOWS,
         audit_rows.ONE_SEED,
     ]
     assert [(row["check"], row["level"]) for row in rows] == [(check, "pass") for check in checks]
@@ -717,6 +718,13 @@ def test_a_jump_of_the_loss_is_told(finished: Finished) -> None:
 def test_a_damaged_checkpoint_is_told(finished: Finished) -> None:
     finished.events("second", 0, [{"event": "checkpoint-damaged", "checkpoint": "step-000010", "problem": "hash"}])
     assert "stage only of arm second: seed 0" in one(findings(finished.rows(), audit_rows.DAMAGED), "warn")
+
+
+def test_windows_of_few_documents_are_told_with_their_question(finished: Finished) -> None:
+    note = "the examples are windows of only 1 document"
+    finished.results["questions"] = [{"pair": ["first", "second"], "notes": [note]}, {"pair": ["second", "first"]}]
+    rows = findings(finished.rows(), audit_rows.WINDOWS)
+    assert one(rows, "warn") == note and rows[0]["pair"] == ["first", "second"]
 
 
 def test_one_seed_is_told(folder: Path) -> None:

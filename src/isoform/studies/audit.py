@@ -27,6 +27,7 @@ from isoform.studies.audit_rows import (
     TERMS,
     TEST,
     UNUSED,
+    WINDOWS,
     Row,
     names,
     or_pass,
@@ -111,5 +112,6 @@ def after(
         ),
         *or_pass(DIVERGED, audit_curves.losses_that_rose(layout, folder), "every loss fell and none jumped"),
         *or_pass(DAMAGED, audit_results.damaged(layout, folder), "no checkpoint was damaged"),
+        *or_pass(WINDOWS, audit_results.windows_of_few(results), "no example is a window of few documents"),
         *or_pass(ONE_SEED, audit_results.one_seed(layout), f"{len(layout.seeds)} seeds"),
     ]

@@ -20,6 +20,7 @@ from isoform.studies.audit_rows import (
     ONE_SEED,
     TEST,
     UNUSED,
+    WINDOWS,
     Pair,
     Row,
     names,
@@ -166,6 +167,15 @@ def damaged(layout: Layout, folder: Path) -> list[Row]:
             text = f"{where}: {seeds_of(hit)} resumed past a damaged checkpoint; look at the disk (events.jsonl)"
             rows.append(row(DAMAGED, "warn", text))
     return rows
+
+
+def windows_of_few(results: dict[str, Any]) -> list[Row]:
+    """Questions whose examples are windows of so few documents that the interval does not know how documents differ."""
+    return [
+        row(WINDOWS, "warn", note, (question["pair"][0], question["pair"][1]))
+        for question in results.get("questions", ())
+        for note in question.get("notes", ())
+    ]
 
 
 def one_seed(layout: Layout) -> list[Row]:

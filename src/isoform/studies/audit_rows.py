@@ -25,6 +25,7 @@ EDGE = "best at an edge"
 ARTEFACT = "selection artefact"
 DIVERGED = "diverged or non-finite run"
 DAMAGED = "damaged checkpoint"
+WINDOWS = "windows of few documents"
 ONE_SEED = "one seed"
 # Of results that no study planned.
 OTHER_DATA = "other data in the compared split"
