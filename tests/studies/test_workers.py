@@ -59,9 +59,12 @@ def test_a_stopped_study_saves_what_runs_and_goes_on(values: dict[str, Any], tmp
     _, told = process.communicate(timeout=60)
     assert process.returncode == 130, told
     assert "the same command goes on from there" in told.splitlines()[-1]
+    seconds = read_json(tmp_path / "run" / "manifest.json")["seconds"]
+    assert seconds > 0.5
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "run" / "report.html").is_file()
+    assert read_json(tmp_path / "run" / "manifest.json")["seconds"] > seconds
 
 
 def test_a_forecast_measures_as_many_at_once_as_will_run(values: dict[str, Any]) -> None:

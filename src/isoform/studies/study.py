@@ -61,11 +61,13 @@ def study(
         def train_missing(runs: Sequence[StageRun], note: str = "") -> None:
             carry_out(runs, folder, layout.precision, jobs=jobs, quiet=quiet, say=say, note=note)
 
-        layout.chosen, tuning = _tune(layout, folder, train_missing)
-        train_missing(list(layout.all()))
-        record["seconds"] = float(record.get("seconds", 0.0)) + time.monotonic() - began
-        record["finished"] = _now()
-        write_json(folder / "manifest.json", record)
+        try:
+            layout.chosen, tuning = _tune(layout, folder, train_missing)
+            train_missing(list(layout.all()))
+        finally:  # the time of a study that is stopped counts too
+            record["seconds"] = float(record.get("seconds", 0.0)) + time.monotonic() - began
+            record["finished"] = _now()
+            write_json(folder / "manifest.json", record)
         results = conclude(layout, folder, planned, tuning, record)
         write_json(folder / "results.json", results)
         write_report(folder)
