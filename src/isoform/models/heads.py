@@ -202,10 +202,9 @@ def written(shape: Shape, config: Any, form: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(shape: Shape, family: type[Any], given: Mapping[str, Any], stored: list[str] | None) -> dict[str, Any]:
-    """Our options of a classifier, where config.json and the names of the stored tensors speak of one."""
-    architecture = str(next(iter(given.get("architectures") or [""])))
-    there = architecture.endswith(CLASSIFIES) or (not architecture and stored is not None)
-    if not there or (stored is not None and f"{shape.names['scores']}.weight" not in stored):
+    """Our options of a classifier, where config.json names one and its tensors, if known, are there."""
+    named = str(next(iter(given.get("architectures") or [""]))).endswith(CLASSIFIES)
+    if not named or (stored is not None and f"{shape.names['scores']}.weight" not in stored):
         return {}
     labels = given.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers does not write down
     names = [str(labels[place]) for place in sorted(labels, key=int)]
