@@ -121,7 +121,8 @@ class ClassificationHead(nn.Module):
 def pool(hidden: Tensor, sequences: Sequences, pooling: Pooling) -> Tensor:
     """One vector for each sequence: its first token's, its last token's, or the mean of all: `(n, d)` -> `(b, d)`."""
     if isinstance(sequences, Padded):
-        return _pool_padded(hidden.unflatten(0, sequences.real.shape), sequences.real, pooling)
+        rectangle: Tensor = hidden.unflatten(0, sequences.real.shape)  # type: ignore[no-untyped-call]
+        return _pool_padded(rectangle, sequences.real, pooling)
     if pooling == "cls":
         return hidden[torch.tensor(ragged.starts(sequences), device=hidden.device)]
     if pooling == "last":

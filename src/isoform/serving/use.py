@@ -116,13 +116,12 @@ def score(
     Scoring a run's test split is entered in its manifest. Raises: ConfigError, DataError.
     """
     settings = opened.config.evaluate
-    if data is not None:
-        asked, name = outside_data(opened.config.data, data), "train"
-    else:
-        asked, name = opened.config.data, split
+    asked = opened.config.data if data is None else outside_data(opened.config.data, data)
     splits = load_splits(asked, opened.objective.alternatives)
     # Nothing asked: the split that is kept for the end, or else the one that there is.
-    name = name or next((kept for kept in ("test", "dev", "holdout") if kept in splits.splits), "test")
+    name = (split if data is None else "train") or next(
+        (kept for kept in ("test", "dev", "holdout") if kept in splits.splits), "test"
+    )
     if name not in splits.splits:
         known = ", ".join(splits.splits) or "no split"
         raise ConfigError(f"--split {name}: the run's data has {known}; or give --data SOURCE")
