@@ -106,6 +106,9 @@ def peft_form(model: Any) -> tuple[dict[str, Any], dict[str, Tensor], str | None
         rank = ranks[name] = len(down)
         alphas[name] = scale * (math.sqrt(rank) if options.rank_stabilized else rank)
     whole = _whole_to_theirs(model, adapter)
+    biases = {f"{name}.bias": whole.pop(f"{name}.bias") for name in ranks if f"{name}.bias" in whole}
+    whole = {name: tensor for name, tensor in whole.items() if name.removesuffix(".weight") not in ranks}
+    written |= {f"{STEM}{name[:-5]}.base_layer.bias": tensor for name, tensor in biases.items()}
     written |= {STEM + name: tensor for name, tensor in whole.items()}
     common = max(set(ranks.values()), key=list(ranks.values()).count)
     alpha = next(alphas[name] for name, rank in ranks.items() if rank == common)
@@ -117,7 +120,7 @@ def peft_form(model: Any) -> tuple[dict[str, Any], dict[str, Tensor], str | None
         "lora_alpha": _plain(alpha),
         "use_rslora": options.rank_stabilized,
         "lora_dropout": options.dropout,
-        "bias": "none",
+        "bias": "lora_only" if biases else "none",
         "fan_in_fan_out": any(m.place is not None and m.place.write is names.transposed for m in known.values()),
         "target_modules": _short(set(ranks), known, model),
         "modules_to_save": _modules(model, whole) or None,
@@ -149,13 +152,14 @@ def _joined(parts: list[LowRank], matrix: Matrix) -> tuple[Tensor, Tensor, float
 
 
 def _whole_to_theirs(model: Any, adapter: lora.Adapter) -> dict[str, Tensor]:
-    """Parameters that were trained whole, under the names of the files."""
+    """Modules of which something was trained whole, under the names of the files, which want all of a module."""
     parameters, in_hf = dict(model.named_parameters()), lora.tensors_in_hf(model)
     if not in_hf:
         return {name: parameters[name].detach() for name in adapter.whole}
+    modules = {name.rpartition(".")[0] for name, place in in_hf.items() if place.name in adapter.whole}
     found = {}
     for name, place in in_hf.items():
-        if place.name in adapter.whole:
+        if name.rpartition(".")[0] in modules and place.name in parameters:
             tensor = parameters[place.name].detach()
             found[name] = place.write(tensor if place.rows is None else tensor[slice(*place.rows)]).contiguous()
     return found
@@ -241,6 +245,7 @@ def load_adapter(model: Any, folder: Path, name: str = lora.DEFAULT) -> None:
 
 def _plain_name(key: str) -> str:
     """A name without PEFT's stem and without what its versions put in between."""
+    key = key.replace(".base_layer.", ".")
     return (
         re.sub(r"\.(modules_to_save|original_module|lora_[AB])\.default\.", r".\1.", key)
         .replace(".modules_to_save.", ".")

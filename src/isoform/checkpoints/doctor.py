@@ -20,6 +20,7 @@ from isoform.checkpoints import folders, manifest, parity, sources
 from isoform.checkpoints.folders import LoadedModel
 from isoform.errors import IsoformError
 from isoform.layers.moe import MixtureOfExperts
+from isoform.models.lora import active_adapter, adapter_state
 from isoform.text.tokenizers import TextTokenizer
 
 Level = Literal["ok", "info", "warning", "error"]
@@ -49,7 +50,7 @@ def examine(path: str | Path | None = None) -> list[Finding]:
     if folder.is_file():
         return _model(folder)
     findings = _leftovers(folder) + _pickles(folder)
-    if (folder / "config.json").is_file():
+    if any((folder / name).is_file() for name in sources.CONFIGS):
         findings += _model(folder)
     elif _is_run(folder):
         findings += _run(folder)
@@ -160,12 +161,25 @@ def _model(folder: Path) -> list[Finding]:
     idle = sum(layer.idle_parameters for layer in loaded.model.modules() if isinstance(layer, MixtureOfExperts))
     active = f", {parameters - idle} of them active for each token" if idle else ""
     findings.append(Finding("ok", f"{folder}: loads as {loaded.family}, {parameters} parameters{active}"))
+    findings += _adapter(loaded)
     findings += _parts(loaded)
     if loaded.tokenizer is None:
         findings.append(Finding("warning", str(loaded.info["tokenizer"]), "copy the model's tokenizer.json there"))
     else:
         findings += _vocabulary(loaded.tokenizer, loaded)
     return findings + _labels(folder, loaded.info["hf_config"]) + _parity(loaded, folder)
+
+
+def _adapter(loaded: LoadedModel) -> list[Finding]:
+    """What an adapter trained, and on which base."""
+    adapter = active_adapter(loaded.model)
+    if adapter is None:
+        return []
+    trained = sum(tensor.numel() for tensor in adapter_state(loaded.model).values())
+    options, base = adapter.options, loaded.info["base"]
+    stabilized = " (rank-stabilised)" if options.rank_stabilized else ""
+    what = f"an adapter of rank {options.rank}, alpha {options.alpha:g}{stabilized}, on {base}: {trained} trained"
+    return [Finding("ok", f"{what} parameters, {len(adapter.whole)} tensors of the base among them")]
 
 
 def _parts(loaded: LoadedModel) -> list[Finding]:

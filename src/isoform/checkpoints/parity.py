@@ -9,6 +9,7 @@ logits where the model has a head, are compared at real tokens.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import warnings
 from collections.abc import Iterator
@@ -54,12 +55,19 @@ def why_not(loaded: LoadedModel, folder: Path) -> str | None:
         return f"{size / 1e9:.1f} billion parameters would be in memory twice"
     if str(loaded.info["hf_config"].get("model_type")).startswith("isoform-"):
         return "the model has no form in transformers"
+    if "base" in loaded.info and importlib.util.find_spec("peft") is None:
+        return "peft is not installed, which reads adapters"
     return None
 
 
 def compare(loaded: LoadedModel, folder: Path) -> Parity:
-    """Reads the folder with transformers too and compares; `why_not` must have found nothing against it."""
-    theirs = _theirs(folder, loaded.info["hf_config"])
+    """Reads the folder with transformers too and compares; `why_not` must have found nothing against it.
+
+    Of an adapter: the base with transformers, the adapter with peft.
+    """
+    theirs = _theirs(Path(loaded.info.get("base", folder)), loaded.info["hf_config"])
+    if "base" in loaded.info:
+        theirs = _adapted(theirs, folder)
     model = loaded.model.to(torch.float32).eval()
     batch = probe_batch(model, int(theirs.config.pad_token_id or 0))
     ids, mask = _padded(batch)
@@ -100,6 +108,13 @@ def _theirs(folder: Path, hf_config: dict[str, Any]) -> Any:
         return cls.from_pretrained(
             place, **file, dtype=torch.float32, local_files_only=True, use_safetensors=True, trust_remote_code=False
         ).eval()
+
+
+def _adapted(base: Any, folder: Path) -> Any:
+    import peft
+
+    with _quiet():
+        return peft.PeftModel.from_pretrained(base, folder).eval()
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from torch import nn
 
 from isoform.layers.block import SelfAttention
 from isoform.layers.cross import CrossAttention
+from isoform.layers.lora import LowRankLinear
 from isoform.layers.moe import ExpertLinear, MixtureOfExperts
 
 
@@ -39,7 +40,8 @@ def flops_per_token(model: Any, context_tokens: int) -> tuple[int, int]:
 
     Of an encoder-decoder: the mean over the tokens of a source and of a target, of `context_tokens` each.
 
-    backward = 2 x forward: one product for the gradient of the input, one for that of the matrix.
+    backward = 2 x forward: one product for the gradient of the input, one for that of the matrix, which a frozen matrix
+    does without.
     Counted: matrix products, a multiplication and an addition as two. Not counted: norms, activations, softmax, biases,
     look-ups, the loss, the optimiser, anything recomputed; nor padding inside blocks of attention.
     Source: Kaplan et al. 2020, section 2.1, with the attention term and the head kept. Differs: causal attention counts
@@ -48,6 +50,13 @@ def flops_per_token(model: Any, context_tokens: int) -> tuple[int, int]:
     config: Any = model.config
     matrices = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear | ExpertLinear))
     matrices -= sum(layer.idle_parameters for layer in _mixtures(model))
+    thin = [part for layer in model.modules() if isinstance(layer, LowRankLinear) for part in layer.parts.values()]
+    matrices += sum(part.down.numel() + part.up.numel() for part in thin)
+    frozen = sum(
+        layer.weight.numel()
+        for layer in model.modules()
+        if isinstance(layer, nn.Linear) and not layer.weight.requires_grad
+    )
     if config.tied and getattr(config, "head", None) != "none" and getattr(model, "classifier", None) is None:
         matrices += model.get_parameter("embedding.weight").numel()
     attention = sum(
@@ -62,8 +71,8 @@ def flops_per_token(model: Any, context_tokens: int) -> tuple[int, int]:
     )
     forward = 2 * matrices + round(attention)
     if "encoder-decoder" in model.capabilities:
-        forward //= 2
-    return forward, 2 * forward
+        forward, frozen = forward // 2, frozen // 2
+    return forward, 2 * forward - 2 * frozen
 
 
 def mean_visible(context_tokens: int, window: int | None, *, causal: bool = True) -> float:
