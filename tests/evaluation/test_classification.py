@@ -89,6 +89,13 @@ def test_an_interval_holds_the_value_and_arrays_are_as_their_rows() -> None:
         assert many.shape == (200,) and many[7] == pytest.approx(one)
 
 
+def test_where_one_label_is_always_said_an_interval_stays_within_the_metric() -> None:
+    gold = np.arange(30) % 2
+    table = columns(np.eye(2)[gold], np.eye(2)[np.ones(30, dtype=int)], 2)
+    row = result_row(build_metrics(["mcc"])[0], "dev", table)
+    assert (row["value"], row["low"], row["high"]) == (0.0, -1.0, 1.0)
+
+
 def test_a_label_beyond_nine_keeps_its_place() -> None:
     gold = np.arange(12)
     table = columns(np.eye(12)[gold], np.eye(12)[gold], 12)

@@ -6,6 +6,7 @@ examples are support t_K, number of times said p_K, and number of times rightly 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -122,6 +123,7 @@ class Mcc:
     columns: ClassVar[tuple[str, ...]] = LABEL_COLUMNS
     mean_column: ClassVar[str | None] = None
     unit: ClassVar[str] = "number"
+    limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
 
     def value(self, sums: Mapping[str, Any]) -> Any:
         gold, predicted, hits = label_sums(sums)
@@ -146,6 +148,7 @@ class CalibrationError:
     columns: ClassVar[tuple[str, ...]] = (*(f"gap.{at}" for at in range(BINS)), "examples")
     mean_column: ClassVar[str | None] = None
     unit: ClassVar[str] = "number"
+    limits: ClassVar[tuple[float, float]] = (0.0, 1.0)
 
     def value(self, sums: Mapping[str, Any]) -> Any:
         return ratio(sum(np.abs(sums[f"gap.{at}"]) for at in range(BINS)), sums["examples"])
@@ -160,6 +163,7 @@ class SquaredError:
     columns: ClassVar[tuple[str, ...]] = ("squared_error", "examples")
     mean_column: ClassVar[str | None] = "squared_error"
     unit: ClassVar[str] = "number"
+    limits: ClassVar[tuple[float, float]] = (0.0, math.inf)
 
     def value(self, sums: Mapping[str, Any]) -> Any:
         return ratio(sums["squared_error"], sums["examples"])
@@ -174,6 +178,7 @@ class AbsoluteError:
     columns: ClassVar[tuple[str, ...]] = ("absolute_error", "examples")
     mean_column: ClassVar[str | None] = "absolute_error"
     unit: ClassVar[str] = "number"
+    limits: ClassVar[tuple[float, float]] = (0.0, math.inf)
 
     def value(self, sums: Mapping[str, Any]) -> Any:
         return ratio(sums["absolute_error"], sums["examples"])
@@ -195,6 +200,7 @@ class Pearson:
     )
     mean_column: ClassVar[str | None] = None
     unit: ClassVar[str] = "number"
+    limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
 
     def value(self, sums: Mapping[str, Any]) -> Any:
         n, x, y = (np.asarray(sums[name], dtype=np.float64) for name in ("examples", "said", "expected"))

@@ -233,9 +233,9 @@ def interval(metric: Metric, stats: Mapping[str, Floats], confidence: float) -> 
     low, high = at(sums) - error, at(sums) + error
     if log_scale:
         low, high = math.exp(low), math.exp(min(high, 700.0))
-    if metric.unit == "fraction":
-        low, high = max(0.0, low), min(1.0, high)
-    return low, high
+    # Where a label is never said the slope of a correlation is steep beyond sense: then nothing is known.
+    lowest, highest = getattr(metric, "limits", (0.0, 1.0) if metric.unit == "fraction" else (-math.inf, math.inf))
+    return max(lowest, low), min(highest, high)
 
 
 def _slope(function: Any, point: Floats, index: int) -> float:
