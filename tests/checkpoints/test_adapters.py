@@ -7,17 +7,20 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import isoform
 from isoform.checkpoints.adapters import load_adapter, merge
 from isoform.checkpoints.doctor import examine
 from isoform.checkpoints.folders import load_model, save_base, save_model
+from isoform.checkpoints.parity import probe_batch
 from isoform.errors import CheckpointError, ConfigError
+from isoform.models import heads
 from isoform.models.bert import Bert
 from isoform.models.gpt2 import GPT2
 from isoform.models.llama import Llama
 from isoform.models.lora import Lora, activate, adapter_state, low_rank
+from isoform.registry import lookup
 
 # What peft itself warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -92,6 +95,25 @@ def test_what_peft_writes_is_read_here_and_written_back(tmp_path, kind):
     save_model(tmp_path / "again", ours, None)
     again = PeftModel.from_pretrained(auto.from_pretrained(tmp_path / "base"), tmp_path / "again").eval()
     torch.testing.assert_close(again(IDS).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "gpt2"])
+@torch.no_grad()
+def test_a_new_head_and_its_labels_go_along(tmp_path, family):
+    classifier = heads.Classifier(labels=("bad", "good", "none"), pooling="last" if family == "gpt2" else "cls")
+    options = {"pooler": "plain"} if family == "bert" else {}
+    model = saved(tmp_path, heads.attach(lookup("model", family).tiny(**options), classifier, 0), targets=["key"])
+    batch = probe_batch(model, 1)  # the padding of RoBERTa shifts positions in transformers
+    expected = model.classifier(model(batch).hidden, batch)
+    back = load_model(tmp_path / "final")
+    assert back.config.classifier.labels == ("bad", "good", "none")
+    torch.testing.assert_close(back.model.classifier(back.model(batch).hidden, batch), expected)
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    theirs = PeftModel.from_pretrained(base, tmp_path / "final").eval()
+    first = batch.tokens[: batch.sequences.lengths[0]][None]
+    torch.testing.assert_close(theirs(first).logits[0], expected[0], rtol=1e-4, atol=1e-5)
+    merged = merge(model).model
+    torch.testing.assert_close(merged.classifier(merged(batch).hidden, batch), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_doctor_compares_with_peft_and_tells_what_was_trained(tmp_path):

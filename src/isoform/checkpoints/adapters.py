@@ -324,7 +324,7 @@ def check_base(model: Any, folder: Path) -> None:
         )
 
 
-def find_base(folder: Path) -> Path | str:
+def find_base(folder: Path) -> Path:
     """Where an adapter's base stands: in its own folder, in `base/` of its run, or where its config says.
 
     Raises: CheckpointError that says how to name it.

@@ -142,13 +142,9 @@ def _table(model: Any, model_type: str) -> names.Table:
     """The family's table of names, that of its classifier with it."""
     if isinstance(model, T5):
         return t5_forms.table(model.config)
-    own = model.forms.table(model.config, model_type) if isinstance(model, Decoder) else _encoder_table(model)
+    decoder = isinstance(model, Decoder)
+    own = model.forms.table(model.config, model_type) if decoder else model.hugging_face.table(model.config)
     return {**own, **heads.table(model.classifier_shape, model.config)}
-
-
-def _encoder_table(model: Any) -> names.Table:
-    table: names.Table = model.hugging_face.table(model.config)
-    return table
 
 
 def find_places(model: Any) -> list[Place]:
