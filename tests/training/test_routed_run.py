@@ -63,7 +63,7 @@ def test_active_and_total_parameters_are_told_apart(routed, tmp_path):
     stage = {"name": "training", "runs": 1, "model": found, "steps": 1, "tokens": 1, "learning_rates": [[0, 1.0]]}
     stage |= {"seconds_training": 1, "seconds_evaluating": 1, "seconds_total": 1, "peak_memory_bytes": 1}
     stage |= {"precision": "fp32", "device": "cpu", "warnings": []}
-    plan = {"name": "x", "stages": [stage], "tuning_trials": {}, "audit": [], "seconds_total": 1}
+    plan = {"name": "x", "jobs": 1, "stages": [stage], "tuning_trials": {}, "audit": [], "seconds_total": 1}
     plan |= {"disk_bytes": 1, "free_disk_bytes": 1, "memory_bytes": 1}
     console = Console(file=io.StringIO(), width=200)
     print_plan(plan, console)
