@@ -6,7 +6,6 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -120,8 +119,7 @@ def predict(
     from isoform.studies.listings import print_answers
 
     opened = open_model(model)
-    inputs: Iterator[str] = iter(texts) if texts else read_inputs(opened, source)
-    answers = answer(opened, inputs)
+    answers = answer(opened, texts or read_inputs(opened, source))
     if out is not None:
         count, unknown = write_answers(answers, out)
         typer.echo(f"{count} answers written to {out}" + _unknown(unknown))

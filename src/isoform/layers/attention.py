@@ -59,9 +59,14 @@ def attend(
     if isinstance(queries, Padded) and isinstance(keys, Padded):
         visible = _visible(queries, keys, causal=causal, window=window)
         values = None if relative is None else relative.values
-        rectangles = [states.unflatten(0, side.real.shape) for states, side in ((query, queries), (key, keys))]
         mixed = attend_dense(
-            *rectangles, value.unflatten(0, keys.real.shape), visible, slopes=slopes, scale=scale, relative=values
+            query.view(*queries.real.shape, *query.shape[1:]),  # (n, h, k) -> (b, t, h, k)
+            key.view(*keys.real.shape, *key.shape[1:]),
+            value.view(*keys.real.shape, *value.shape[1:]),
+            visible,
+            slopes=slopes,
+            scale=scale,
+            relative=values,
         )
         return mixed.flatten(0, 1)  # (b, t, h, k) -> (n, h, k)
     if torch.is_autocast_enabled(query.device.type):

@@ -201,7 +201,8 @@ class Loop:
     def _refuse_non_finite(self, step: GlobalStep, totals: dict[str, float]) -> None:
         self._clear()
         lost = _lost(totals)
-        what = f"loss {lost}" if not all(map(math.isfinite, lost.values())) else f"gradient norm {self._grad_norm}"
+        bad = [f"{name} {value}" for name, value in lost.items() if not math.isfinite(value)]
+        what = ", ".join(bad) or f"gradient norm {self._grad_norm}"
         self.log.event("non-finite", step=step.step, what=what, sample_ids=list(step.sample_ids))
         self.log.flush()
         raise NonFiniteError(

@@ -5,6 +5,7 @@ prepare -> (resume) -> loop -> choose the checkpoint -> final/ -> eval.json, pre
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -25,9 +26,19 @@ from isoform.evaluation.evaluate import Evaluation, Thinned, evaluate
 from isoform.evaluation.predictions import write_predictions
 from isoform.models.accounting import accounts
 from isoform.registry import Reads, recording
-from isoform.storage import fingerprint, locked, read_json, remove_leftovers, sha256_file, write_json, write_text
+from isoform.storage import (
+    fingerprint,
+    locked,
+    read_json,
+    remove,
+    remove_leftovers,
+    sha256_file,
+    write_json,
+    write_text,
+)
 from isoform.training.logs import RunLog, forget_after, open_trackers
-from isoform.training.loop import BEST_LOSS, BEST_METRIC, Loop
+from isoform.training.loop import BEST_LOSS, BEST_METRIC, Loop, planned_rates
+from isoform.training.plan import warnings
 from isoform.training.prepare import Prepared, prepare
 from isoform.training.progress import Progress
 from isoform.training.step import autocast
@@ -75,8 +86,15 @@ def train(
     reads = Reads()
     if not accelerator.is_main_process:
         return _train(config, folder, accelerator, reads, resume=resume, start=start, precision=precision, quiet=True)
-    with locked(folder), recording(reads):
-        return _train(config, folder, accelerator, reads, resume=resume, start=start, precision=precision, quiet=quiet)
+    made = not folder.exists()
+    try:
+        with locked(folder), recording(reads):
+            return _train(
+                config, folder, accelerator, reads, resume=resume, start=start, precision=precision, quiet=quiet
+            )
+    finally:
+        if made and [path.name for path in folder.iterdir()] == [".lock"]:
+            remove(folder)  # refused before there was anything to keep
 
 
 def _accelerator() -> Accelerator:
@@ -99,16 +117,20 @@ def _train(
     quiet: bool,
 ) -> RunResult:
     began, started = time.monotonic(), _now()
-    run = prepare(config, start=start, precision=precision, device=accelerator.device)
     manifest_path = folder / "manifest.json"
+    earlier = read_json(manifest_path) if manifest_path.exists() else {}
+    # Chosen once: a resume on another machine goes on as the run began.
+    run = prepare(config, start=start, precision=precision or earlier.get("precision"), device=accelerator.device)
     if accelerator.is_main_process:
         remove_leftovers(folder)
         remove_leftovers(folder / "checkpoints")
-        _refuse_foreign(run, folder, resume)
-        if manifest_path.exists() and read_json(manifest_path).get("complete"):
-            return RunResult(folder, read_json(folder / "eval.json"), read_json(manifest_path))
+        _refuse_foreign(run, folder, earlier, resume)
+        if earlier.get("complete"):
+            return RunResult(folder, read_json(folder / "eval.json"), earlier)
+        for warning in () if quiet or resume else warnings(run, planned_rates(run)):
+            print(f"{config.name}: {warning}", file=sys.stderr)
         write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
-        write_json(manifest_path, _manifest(run, accelerator, started))
+        write_json(manifest_path, _manifest(run, accelerator, earlier.get("started", started)))
         save_base(folder / "base", run.model, run.tokenizer)
     accelerator.wait_for_everyone()
     damaged: list[dict[str, Any]] = []
@@ -173,7 +195,7 @@ def score_as_is(config: RunConfig, folder: Path, *, precision: str | None = None
 # ---------------------------------------------------------------------------------- before the first step
 
 
-def _refuse_foreign(run: Prepared, folder: Path, resume: bool) -> None:
+def _refuse_foreign(run: Prepared, folder: Path, manifest: dict[str, Any], resume: bool) -> None:
     """A folder that holds another run, or the same with other data, is never written into."""
     path = folder / "config.yaml"
     if not path.exists():
@@ -186,14 +208,14 @@ def _refuse_foreign(run: Prepared, folder: Path, resume: bool) -> None:
             f"{f' and {len(changed) - 5} more' if len(changed) > 5 else ''}. "
             "Use another --out, or the config it was made with"
         )
-    manifest = read_json(folder / "manifest.json") if (folder / "manifest.json").exists() else {}
     stored = manifest.get("fingerprints", {})
     for what, value in run.fingerprints.items():
         if what in stored and stored[what] != value:
+            lines = differences(manifest.get("data"), _data_report(run)) or [f"fingerprint: {stored[what]} -> {value}"]
             raise DataError(
-                f"{folder}: the {what} has changed since this run began (fingerprint {stored[what]} then, "
-                f"{value} now); "
-                "put the old files back, or start a new run with another --out"
+                f"{folder}: the {what} has changed since this run began: {'; '.join(lines[:4])}"
+                f"{f' and {len(lines) - 4} more' if len(lines) > 4 else ''}. "
+                "Put the old files back, or start a new run with another --out"
             )
     if not resume and not manifest.get("complete") and (folder / "checkpoints").exists():
         raise ConfigError(f"{folder} holds an unfinished run; add --resume to go on with it, or use another --out")
@@ -223,15 +245,17 @@ def _manifest(run: Prepared, accelerator: Accelerator, started: str) -> dict[str
         "fingerprints": {"config": fingerprint(run.resolved), **run.fingerprints},
         "seed": run.config.seed,
         "model": accounts(run.model, context),
-        "data": {
-            "splits": run.splits.report,
-            "datasets": {name: dataset.report for name, dataset in run.datasets.items()},
-        },
+        "data": _data_report(run),
         "num_steps": run.num_steps,
         "steps_per_epoch": run.batch_plan.steps_per_epoch if run.batch_plan else None,
         "test_scored": 0,
         "started": started,
     }
+
+
+def _data_report(run: Prepared) -> dict[str, Any]:
+    datasets = {name: dataset.report for name, dataset in run.datasets.items()}
+    return {"splits": run.splits.report, "datasets": datasets}
 
 
 def sources_fingerprint() -> str:
