@@ -219,7 +219,8 @@ class _SideBySide:
         signalled = False
         with Interrupts() as interrupts, crew(self.jobs) as self.workers:
             while waiting or any(worker.run for worker in self.workers):
-                failure = self._collect() or failure
+                found = self._collect()
+                failure = failure or found  # what came after it are runs that were stopped
                 if (interrupts.requested or failure) and not signalled:
                     signalled = True
                     waiting.clear()
