@@ -23,12 +23,6 @@ from isoform.registry import build_options, lookup
 from isoform.text.tokenizers import TextTokenizer, train_tokenizer
 
 
-@pytest.fixture(autouse=True)
-def _same_weights_in_any_order() -> None:
-    """transformers draws its weights from torch's global stream."""
-    torch.manual_seed(0)
-
-
 @pytest.fixture
 def run(tmp_path: Path, training: Any) -> Path:
     """A run folder with two checkpoints, a final model and its logs."""

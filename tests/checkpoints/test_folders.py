@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
-from isoform import storage
+from isoform import registry, storage
 from isoform.checkpoints.folders import load_model, save_model
 from isoform.checkpoints.sources import PICKLES
 from isoform.errors import CheckpointError
@@ -318,3 +318,13 @@ def test_a_hub_that_is_out_of_reach_or_not_installed_is_one_line(monkeypatch: py
     refused("hf:owner/name", "hf:owner/name: not in the local cache and not fetched: no route to host")
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     refused("hf:owner/name", r"huggingface_hub is not installed; pip install 'isoform\[hf\]'")
+
+
+def test_a_variant_of_a_family_does_not_take_over_its_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own folder comes back as the variant, one of transformers as the family, whichever name comes first."""
+    Variant = type("Variant", (GPT2,), {})
+    monkeypatch.setitem(registry._classes, ("model", "a-variant"), Variant)
+    GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, n_positions=8, vocab_size=11)).save_pretrained(tmp_path)
+    assert load_model(tmp_path).family == "gpt2"
+    save_model(tmp_path / "own", Variant.tiny(), None)
+    assert load_model(tmp_path / "own").family == "a-variant"

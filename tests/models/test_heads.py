@@ -18,12 +18,6 @@ LENGTHS = (7, 1, 12)
 PADDING = 60
 
 
-@pytest.fixture(autouse=True)
-def _same_weights_in_any_order() -> None:
-    """transformers draws its weights from torch's global stream."""
-    torch.manual_seed(0)
-
-
 def classifying(family: str, **changes):
     cls = lookup("model", family)
     body = cls.tiny()

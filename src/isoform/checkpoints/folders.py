@@ -332,9 +332,12 @@ def _identify(folder: Path, hf_config: dict[str, Any]) -> tuple[str, Any, dict[s
 
 
 def family_for(model_type: Any) -> str | None:
-    """The registered name of the family that reads a model_type of transformers."""
-    names = registry.names("model")
-    return next((name for name in names if model_type in registry.lookup("model", name).hf_model_types), None)
+    """The registered name of the family that reads a model_type of transformers.
+
+    A family reads the types that its own class names: a variant that is derived from it does not take them over.
+    """
+    own = {name: vars(registry.lookup("model", name)).get("hf_model_types", ()) for name in registry.names("model")}
+    return next((name for name, types in own.items() if model_type in types), None)
 
 
 def _load_tokenizer(folder: Path, config: Any) -> tuple[TextTokenizer | None, str | None]:
