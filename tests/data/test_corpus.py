@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plain import Plain
 
-from conftest import Plain
 from isoform import storage
 from isoform.config import DataConfig
 from isoform.contracts import Document, Encoded
@@ -186,7 +186,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 sys.path.insert(0, {folder!r})
-from conftest import Plain
+from plain import Plain
 from isoform.config import DataConfig
 from isoform.data import shards
 from isoform.data.corpus import build_dataset
