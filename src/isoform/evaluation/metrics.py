@@ -82,17 +82,10 @@ class TokenAccuracy:
 
 
 @register("metric", "masked_accuracy")
-class MaskedAccuracy:
+class MaskedAccuracy(TokenAccuracy):
     """Share of hidden tokens that are the model's first choice, given what was left of the text on both sides."""
 
     name: ClassVar[str] = "masked_accuracy"
-    higher_is_better: ClassVar[bool] = True
-    columns: ClassVar[tuple[str, ...]] = ("correct_tokens", "tokens")
-    mean_column: ClassVar[str | None] = None
-    unit: ClassVar[str] = "fraction"
-
-    def value(self, sums: Mapping[str, Any]) -> Any:
-        return ratio(sums["correct_tokens"], sums["tokens"])
 
 
 @register("metric", "pseudo_perplexity")

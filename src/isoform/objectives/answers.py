@@ -8,9 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from isoform.contracts import IGNORE, Document, Encoded, IntArray, Ints, Prompt, Sample, Tokenizer
-from isoform.errors import DataError
 from isoform.objectives.crossentropy import TokenObjective
-from isoform.objectives.fields import place, required_text, special_id, tokens_of
+from isoform.objectives.fields import needed, special_id, tokens_of
+from isoform.objectives.pairs import encode_pair, texts_of
 from isoform.registry import Options, register
 
 
@@ -52,19 +52,7 @@ class Answers(TokenObjective):
         return special_id(self.tokenizer, self.config.end, "objective.end")
 
     def encode(self, document: Document) -> Encoded:
-        question = required_text(document, "question")
-        ids = {"question": self.tokenizer.encode(question)}
-        num_bytes = 0
-        if "answer" in document.fields:
-            answer = required_text(document, "answer")
-            ids["answer"] = self.tokenizer.encode(answer)
-            num_bytes = len(answer.encode())
-        if len(ids.get("answer", ())) + 1 > self.max_tokens:
-            raise DataError(
-                f"{place(document)}: the answer has {len(ids['answer'])} tokens, at most {self.max_tokens - 1} fit; "
-                "raise `text.max_tokens` or remove the row"
-            )
-        return Encoded(document.id, ids, num_bytes, document)
+        return encode_pair(document, self.tokenizer, self.max_tokens)
 
     def encoding_key(self) -> str:
         return f"answers in {self.max_tokens}"
@@ -74,10 +62,7 @@ class Answers(TokenObjective):
         return np.minimum(lengths, self.max_tokens)
 
     def prepare(self, encoded: Encoded, rng: np.random.Generator) -> Sample:
-        if "answer" not in encoded.fields:
-            where = place(encoded.document) if encoded.document else encoded.id
-            raise DataError(f"{where}: no field 'answer'; training and scoring need one, `isoform predict` does not")
-        answer = encoded.fields["answer"]
+        answer = needed(encoded, "answer")
         question = _right(encoded.fields["question"], self.max_tokens - 1 - len(answer))
         tokens = tokens_of(question, self.separator, answer)
         targets = np.full_like(tokens, IGNORE)
@@ -86,13 +71,8 @@ class Answers(TokenObjective):
 
     def prompt(self, encoded: Encoded) -> Prompt:
         """`question SEP`, answered until END; the expected answer is the text itself, not its tokens."""
-        question = encoded.fields["question"]
-        texts = encoded.document.fields if encoded.document else {}
-        text = texts.get("question", self.tokenizer.decode(question.tolist()))
-        gold = texts.get("answer")
-        if gold is None and "answer" in encoded.fields:
-            gold = self.tokenizer.decode(encoded.fields["answer"].tolist())
-        tokens = tokens_of(_right(question, self.max_tokens - 1), self.separator)
+        text, gold = texts_of(encoded, self.tokenizer)
+        tokens = tokens_of(_right(encoded.fields["question"], self.max_tokens - 1), self.separator)
         return Prompt(encoded.id, tokens, (self.end,), self.max_tokens, text, gold)
 
 

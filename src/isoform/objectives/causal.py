@@ -9,7 +9,7 @@ import numpy as np
 
 from isoform.contracts import IGNORE, Document, Encoded, IntArray, Ints, Prompt, Sample, Tokenizer
 from isoform.objectives.crossentropy import TokenObjective
-from isoform.objectives.fields import required_text, special_id, tokens_of
+from isoform.objectives.fields import edge_ids, required_text, tokens_of
 from isoform.registry import Options, register
 
 
@@ -41,17 +41,12 @@ class Causal(TokenObjective):
     @cached_property
     def bos(self) -> int | None:
         """Id that begins a document, or None."""
-        return self._edge("bos", self.config.bos)
+        return next(iter(edge_ids(self.tokenizer, ("bos",), self.config.bos, "objective.bos")), None)
 
     @cached_property
     def eos(self) -> int | None:
         """Id that ends a document, or None."""
-        return self._edge("eos", self.config.eos)
-
-    def _edge(self, role: str, wanted: bool | None) -> int | None:
-        if wanted is False or (wanted is None and role not in self.tokenizer.special_ids):
-            return None
-        return special_id(self.tokenizer, role, f"objective.{role}")
+        return next(iter(edge_ids(self.tokenizer, ("eos",), self.config.eos, "objective.eos")), None)
 
     def encode(self, document: Document) -> Encoded:
         text = required_text(document, "text")

@@ -28,11 +28,9 @@ from isoform.contracts import (
 from isoform.errors import ConfigError, DataError
 from isoform.models import heads
 from isoform.models.heads import Classifier, Pooling, Task
-from isoform.objectives.fields import place, required_text, special_id, tokens_of
+from isoform.objectives.fields import BEGIN, END, edge_ids, needed, place, required_text, tokens_of
 from isoform.registry import Options, nearest, register
 
-# Before and after each text: the first of these special tokens that the tokenizer has.
-BEGIN, END = ("cls", "bos"), ("sep", "eos")
 # Where the labels of an example, or the bits of its number, are kept among its fields.
 LABEL = "_label"
 # Equal parts of the range of confidence, in which it is compared with the share of right answers.
@@ -156,19 +154,12 @@ class Classify:
     @cached_property
     def begin(self) -> tuple[int, ...]:
         """Ids before the first text: none or one."""
-        return self._edge(BEGIN)
+        return edge_ids(self.tokenizer, BEGIN, self.config.edges, "objective.edges")
 
     @cached_property
     def end(self) -> tuple[int, ...]:
         """Ids after each text: none or one."""
-        return self._edge(END)
-
-    def _edge(self, roles: tuple[str, ...]) -> tuple[int, ...]:
-        ids = self.tokenizer.special_ids
-        found = next((role for role in roles if role in ids), roles[0])
-        if self.config.edges is False or (self.config.edges is None and found not in ids):
-            return ()
-        return (special_id(self.tokenizer, found, "objective.edges"),)
+        return edge_ids(self.tokenizer, END, self.config.edges, "objective.edges")
 
     @property
     def _room(self) -> int:
@@ -190,10 +181,7 @@ class Classify:
         return np.minimum(texts, self._room) + self.max_tokens - self._room
 
     def prepare(self, encoded: Encoded, rng: np.random.Generator) -> Sample:
-        if LABEL not in encoded.fields:
-            where = place(encoded.document) if encoded.document else encoded.id
-            raise DataError(f"{where}: no field 'label'; training and scoring need one, `isoform predict` does not")
-        return dataclasses.replace(self.view(encoded), label=self._label(encoded.fields[LABEL]))
+        return dataclasses.replace(self.view(encoded), label=self._label(needed(encoded, LABEL)))
 
     def view(self, encoded: Encoded) -> Sample:
         """What the model reads of a text or a pair, without its label."""

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from isoform.contracts import Document, IntArray, Tokenizer
+from isoform.contracts import Document, Encoded, IntArray, Tokenizer
 from isoform.errors import ConfigError, DataError
 from isoform.registry import nearest
+
+# What begins and ends a text that is read from both sides: the first of these roles that the tokenizer has.
+BEGIN, END = ("cls", "bos"), ("sep", "eos")
 
 
 def place(document: Document) -> str:
@@ -39,6 +42,25 @@ def special_id(tokenizer: Tokenizer, role: str, where: str) -> int:
             f"{where}: the tokenizer has no special token {role!r}{nearest(role, ids)}; its special tokens: {known}"
         )
     return ids[role]
+
+
+def edge_ids(tokenizer: Tokenizer, roles: Sequence[str], wanted: bool | None, where: str) -> tuple[int, ...]:
+    """The special token at an edge of a text, none or one: the first of `roles` that the tokenizer has.
+
+    wanted: None: where it has one. Raises: ConfigError naming the config field `where` where it is wanted and missing.
+    """
+    found = next((role for role in roles if role in tokenizer.special_ids), roles[0])
+    if wanted is False or (wanted is None and found not in tokenizer.special_ids):
+        return ()
+    return (special_id(tokenizer, found, where),)
+
+
+def needed(encoded: Encoded, field: str) -> IntArray:
+    """Ids of a field (`_field`: what is kept of it) that may be missing where nothing is asked. Raises: DataError."""
+    if field not in encoded.fields:
+        where = place(encoded.document) if encoded.document else encoded.id
+        raise DataError(f"{where}: no field {field.removeprefix('_')!r}; training and scoring need one, `isoform predict` does not")
+    return encoded.fields[field]
 
 
 def tokens_of(*pieces: IntArray | Sequence[int] | int) -> IntArray:

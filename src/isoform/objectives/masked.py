@@ -11,14 +11,12 @@ from pydantic import Field, model_validator
 from isoform.contracts import IGNORE, Document, Encoded, IntArray, Ints, Prompt, Sample, Tokenizer
 from isoform.errors import ConfigError
 from isoform.objectives.crossentropy import TokenObjective
-from isoform.objectives.fields import required_text, special_id, tokens_of
+from isoform.objectives.fields import BEGIN, END, edge_ids, required_text, special_id, tokens_of
 from isoform.registry import Options, register
 from isoform.text.tokenizers import TextTokenizer
 from isoform.text.words import WordStarts
 
 MIN_TOKENS = 3
-# What begins and ends a sequence: the first of these that the tokenizer has.
-BEGIN, END = ("cls", "bos"), ("sep", "eos")
 
 
 @register("objective", "masked")
@@ -74,19 +72,12 @@ class Masked(TokenObjective):
     @cached_property
     def begin(self) -> tuple[int, ...]:
         """Ids before each window: none or one."""
-        return self._edge(BEGIN)
+        return edge_ids(self.tokenizer, BEGIN, self.config.edges, "objective.edges")
 
     @cached_property
     def end(self) -> tuple[int, ...]:
         """Ids after each window: none or one."""
-        return self._edge(END)
-
-    def _edge(self, roles: tuple[str, ...]) -> tuple[int, ...]:
-        ids = self.tokenizer.special_ids
-        found = next((role for role in roles if role in ids), roles[0])
-        if self.config.edges is False or (self.config.edges is None and found not in ids):
-            return ()
-        return (special_id(self.tokenizer, found, "objective.edges"),)
+        return edge_ids(self.tokenizer, END, self.config.edges, "objective.edges")
 
     @cached_property
     def ordinary(self) -> Ints:

@@ -8,9 +8,9 @@ from functools import cached_property
 import numpy as np
 
 from isoform.contracts import Document, Encoded, IntArray, Ints, Prompt, Sample
-from isoform.errors import DataError
 from isoform.objectives.crossentropy import TokenObjective
-from isoform.objectives.fields import place, required_text, special_id, tokens_of
+from isoform.objectives.fields import needed, special_id, tokens_of
+from isoform.objectives.pairs import encode_pair, texts_of
 from isoform.registry import Options, register
 
 
@@ -51,18 +51,7 @@ class TextToText(TokenObjective):
         return special_id(self.tokenizer, self.config.end, "objective.end")
 
     def encode(self, document: Document) -> Encoded:
-        ids = {"question": self.tokenizer.encode(self.config.prefix + required_text(document, "question"))}
-        num_bytes = 0
-        if "answer" in document.fields:
-            answer = required_text(document, "answer")
-            ids["answer"] = self.tokenizer.encode(answer)
-            num_bytes = len(answer.encode())
-        if len(ids.get("answer", ())) + 1 > self.max_tokens:
-            raise DataError(
-                f"{place(document)}: the answer has {len(ids['answer'])} tokens, at most {self.max_tokens - 1} fit; "
-                "raise `text.max_tokens` or remove the row"
-            )
-        return Encoded(document.id, ids, num_bytes, document)
+        return encode_pair(document, self.tokenizer, self.max_tokens, prefix=self.config.prefix)
 
     def encoding_key(self) -> str:
         return f"text-to-text in {self.max_tokens} start={self.start} end={self.end} prefix={self.config.prefix!r}"
@@ -73,10 +62,7 @@ class TextToText(TokenObjective):
         return read + field_tokens["answer"] + 1
 
     def prepare(self, encoded: Encoded, rng: np.random.Generator) -> Sample:
-        if "answer" not in encoded.fields:
-            where = place(encoded.document) if encoded.document else encoded.id
-            raise DataError(f"{where}: no field 'answer'; training and scoring need one, `isoform predict` does not")
-        answer = encoded.fields["answer"]
+        answer = needed(encoded, "answer")
         return Sample(
             encoded.id,
             tokens_of(self.start, answer),
@@ -90,11 +76,6 @@ class TextToText(TokenObjective):
 
     def prompt(self, encoded: Encoded) -> Prompt:
         """The question for the encoder, START for the decoder; the expected answer is the text, not its tokens."""
-        question = encoded.fields["question"]
-        texts = encoded.document.fields if encoded.document else {}
-        text = texts.get("question", self.tokenizer.decode(question.tolist()))
-        gold = texts.get("answer")
-        if gold is None and "answer" in encoded.fields:
-            gold = self.tokenizer.decode(encoded.fields["answer"].tolist())
-        source = self._source(question)
+        text, gold = texts_of(encoded, self.tokenizer)
+        source = self._source(encoded.fields["question"])
         return Prompt(encoded.id, tokens_of(self.start), (self.end,), self.max_tokens, text, gold, source)
