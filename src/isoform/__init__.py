@@ -82,7 +82,7 @@ def study(
         values["jobs"] = jobs
     folder = _folder(out, str(values.get("name", "study")))
     command = _command("study", config, set, seeds, folder)
-    results = carry_out(values, folder, command=command, quiet=quiet, say=_silent if quiet else _say)
+    results = carry_out(values, folder, command=command, quiet=quiet, say=(lambda line: None) if quiet else _say)
     return {**results, "folder": str(folder)}
 
 
@@ -91,10 +91,6 @@ def _say(line: str) -> None:
     import sys
 
     print(line, file=sys.stderr, flush=True)
-
-
-def _silent(line: str) -> None:
-    pass
 
 
 def _command(verb: str, config: Config, settings: Sequence[str], seeds: int | None, folder: Path) -> str:

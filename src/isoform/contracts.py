@@ -328,8 +328,7 @@ class Objective(Protocol):
     enough to train; `optional_fields` may be missing where nothing is scored; `needs` are the model capabilities.
     `stochastic`: whether `prepare` draws (then evaluation uses fixed draws). `windowed`: whether a long document may be
     cut into windows of `window_tokens` tokens of its `text` field before `prepare` sees it.
-    Some have more: `settled` (options that follow from the training documents), `fitted` (the model with what is asked
-    of it), `shown` (what a row of predictions says); `objectives.classify` has all three.
+    Some have `shown(encoded, stats)` too: what a row of predictions says where nothing is generated.
     """
 
     alternatives: tuple[tuple[str, ...], ...]
@@ -340,6 +339,18 @@ class Objective(Protocol):
     window_tokens: int
     metrics: tuple[str, ...]  # names of the metrics that make sense, the first being the default
     tokenizer: Tokenizer
+
+    @classmethod
+    def settled(cls, config: Any, train: Iterable[Document] | None, known: Any) -> Any:
+        """The options with what follows from the training documents (None: nothing is trained), such as label names.
+
+        known: the classifier that the model has, if any. Raises: ConfigError, DataError where they do not fit.
+        """
+        ...
+
+    def fitted(self, model: Any, seed: int) -> Any:
+        """The model with the parts that this objective asks of it; new ones are drawn from the seed."""
+        ...
 
     def encode(self, document: Document) -> Encoded:
         """The document's fields as ids; pure, so that it may be cached.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from isoform.layers.position import sinusoids
-from isoform.models.encoder import HuggingFace, prefixed, stored_names
+from isoform.models.encoder import HuggingFace, headless, prefixed, stored_names
 from isoform.models.gpt2_forms import ACTIVATIONS, activation
 from isoform.models.hf_config import expect, refuse_unknown
 from isoform.models.names import Place, Table
@@ -132,7 +132,7 @@ def stored(config: Any, tensors: dict[str, Tensor], stem: str) -> dict[str, Tens
     """Names as the folder has them: the encoder alone has no stem."""
     if CLASSES[config.head, config.pooler] != "Model":
         return tensors
-    return {name.removeprefix(stem): tensor for name, tensor in tensors.items()}
+    return headless(tensors, stem)
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from isoform.models.bert_forms import blocks, decoder, pair, qkv, under, waves
-from isoform.models.encoder import HuggingFace, prefixed, stored_names
+from isoform.models.encoder import HuggingFace, headless, prefixed, stored_names
 from isoform.models.gpt2_forms import ACTIVATIONS, activation
 from isoform.models.hf_config import expect, refuse_unknown
 from isoform.models.names import Place, Table
@@ -88,17 +88,11 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return prefixed(tensors, STEM, ("embeddings.", "transformer."))
 
 
-def _stored(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if config.head == "masked":
-        return tensors
-    return {name.removeprefix(STEM): tensor for name, tensor in tensors.items()}
-
-
 DISTILBERT = HuggingFace(
     why_not=lambda config: [] if config.max_positions else ["model without max_positions"],
     write=_write,
     read=_read,
     table=_table,
     renamed=_renamed,
-    stored=_stored,
+    stored=lambda config, tensors: tensors if config.head == "masked" else headless(tensors, STEM),
 )

@@ -143,6 +143,11 @@ def stored_names(config: Mapping[str, Any]) -> list[str] | None:
     return None if found is None else list(found)
 
 
+def headless(tensors: Mapping[str, Tensor], stem: str) -> dict[str, Tensor]:
+    """The names of a folder that has the encoder alone: without `stem`."""
+    return {name.removeprefix(stem): tensor for name, tensor in tensors.items()}
+
+
 def prefixed(tensors: Mapping[str, Tensor], stem: str, roots: tuple[str, ...]) -> dict[str, Tensor]:
     """The encoder's tensors, whose names begin with one of `roots`, behind `stem` where they are not yet."""
     return {stem + name if name.startswith(roots) else name: tensor for name, tensor in tensors.items()}

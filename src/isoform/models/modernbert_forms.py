@@ -9,7 +9,7 @@ from torch import Tensor
 
 from isoform.errors import ConfigError
 from isoform.models.bert_forms import blocks, decoder, under
-from isoform.models.encoder import HuggingFace, prefixed, stored_names
+from isoform.models.encoder import HuggingFace, headless, prefixed, stored_names
 from isoform.models.hf_config import expect, refuse_unknown
 from isoform.models.names import Place, Table
 
@@ -141,17 +141,11 @@ def _renamed(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return prefixed(tensors, STEM, ("embeddings.", "layers.", "final_norm."))
 
 
-def _stored(config: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if config.head == "masked":
-        return tensors
-    return {name.removeprefix(STEM): tensor for name, tensor in tensors.items()}
-
-
 MODERNBERT = HuggingFace(
     why_not=lambda config: [] if config.max_positions else ["model without max_positions"],
     write=_write,
     read=_read,
     table=_table,
     renamed=_renamed,
-    stored=_stored,
+    stored=lambda config, tensors: tensors if config.head == "masked" else headless(tensors, STEM),
 )

@@ -7,14 +7,14 @@ z `(m, v)`: logits at the m places that have a target; y `(m,)`: their targets; 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from isoform.contracts import IGNORE, Batch, LossPart, Model, Output, Tokenizer
+from isoform.contracts import IGNORE, Batch, Document, LossPart, Model, Output, Tokenizer
 from isoform.layers import ragged
 
 # Logits made at once: 64 MB in fp32. Where nothing is kept for a backward pass, this bounds the memory of the loss.
@@ -45,6 +45,15 @@ class TokenObjective:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.window_tokens = max_tokens
+
+    @classmethod
+    def settled(cls, config: Any, train: Iterable[Document] | None, known: Any) -> Any:
+        """The options as they are: nothing in them follows from the documents."""
+        return config
+
+    def fitted(self, model: Any, seed: int) -> Any:
+        """The model as it is: every one of them guesses tokens."""
+        return model
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """The weighted number of targets; filler has none."""

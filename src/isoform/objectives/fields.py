@@ -59,7 +59,9 @@ def needed(encoded: Encoded, field: str) -> IntArray:
     """Ids of a field (`_field`: what is kept of it) that may be missing where nothing is asked. Raises: DataError."""
     if field not in encoded.fields:
         where = place(encoded.document) if encoded.document else encoded.id
-        raise DataError(f"{where}: no field {field.removeprefix('_')!r}; training and scoring need one, `isoform predict` does not")
+        raise DataError(
+            f"{where}: no field {field.removeprefix('_')!r}; training and scoring need one, `isoform predict` does not"
+        )
     return encoded.fields[field]
 
 

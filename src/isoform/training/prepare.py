@@ -103,26 +103,17 @@ def prepare(
     splits = load_splits(config.data, draft.alternatives)
     if for_training and "train" not in splits.splits:
         raise ConfigError("data: no training split; give `data.path` or `data.train`")
-    if hasattr(objective_class, "settled"):  # what it asks for depends on the data: its labels
-        known = None if loaded is None else getattr(loaded.config, "classifier", None)
-        objective_options = objective_class.settled(
-            objective_options, splits.splits["train"] if for_training else None, known
-        )
+    known = None if loaded is None else getattr(loaded.config, "classifier", None)
+    texts = splits.splits["train"] if for_training else None
+    objective_options = objective_class.settled(objective_options, texts, known)
     tokenizer = loaded.tokenizer if loaded is not None else _tokenizer(config, splits, draft)
     if tokenizer is None:
         raise ConfigError(f"model.from: {start} has no tokenizer; put its tokenizer.json into the folder")
     max_tokens = config.text.max_tokens
     if loaded is None:
-        assert family is not None
-        model_options = {**options, "vocab_size": tokenizer.vocab_size}
-        if "max_positions" in family.Config.model_fields:
-            model_options.setdefault("max_positions", max_tokens)
-        if "padding_id" in family.Config.model_fields:
-            model_options.setdefault("padding_id", tokenizer.special_ids.get("pad"))
-        model_config = build_options(family, model_options, "model")
-        model, family_name = family(model_config, seed=config.seed), str(config.model["family"])
+        model, family_name = _fresh_model(config, family, options, tokenizer), str(config.model["family"])
     else:
-        model, model_config, family_name = loaded.model, loaded.config, loaded.family
+        model, family_name = loaded.model, loaded.family
     if for_training and active_adapter(model) is not None:
         model = merge(model).model  # what an earlier stage has learned is part of this one's base
     limit = model.max_positions
@@ -131,9 +122,7 @@ def prepare(
     objective: Objective = objective_class(objective_options, tokenizer, max_tokens)
     _check_scoring(config, objective, set(splits.splits), for_training)
     _check_ability(config, objective, model, family_name)
-    if hasattr(objective, "fitted"):
-        model = objective.fitted(model, config.seed)
-        model_config = model.config
+    model = objective.fitted(model, config.seed)
     objective = with_routing(objective, model)
     datasets = _datasets(
         config,
@@ -150,7 +139,7 @@ def prepare(
         schedule_options.warmup(num_steps)
     return Prepared(
         config=config,
-        resolved=_resolved(config, objective_options, schedule_options, optimizer_options, model_config, adapter),
+        resolved=_resolved(config, objective_options, schedule_options, optimizer_options, model.config, adapter),
         splits=splits,
         tokenizer=tokenizer,
         objective=objective,
@@ -164,6 +153,16 @@ def prepare(
         device=device,
         fingerprints={"data": _data_fingerprint(datasets, splits), "tokenizer": tokenizer.fingerprint()},
     )
+
+
+def _fresh_model(config: RunConfig, family: Any, options: dict[str, Any], tokenizer: TextTokenizer) -> Any:
+    """A model of the family, drawn from the run's seed, with the tokenizer's sizes where its options leave them out."""
+    values = {**options, "vocab_size": tokenizer.vocab_size}
+    if "max_positions" in family.Config.model_fields:
+        values.setdefault("max_positions", config.text.max_tokens)
+    if "padding_id" in family.Config.model_fields:
+        values.setdefault("padding_id", tokenizer.special_ids.get("pad"))
+    return family(build_options(family, values, "model"), seed=config.seed)
 
 
 def _check_ability(config: RunConfig, objective: Objective, model: Any, family_name: str) -> None:
