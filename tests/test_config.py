@@ -6,18 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from isoform.config import (
-    RunConfig,
-    apply_settings,
-    is_study,
-    merge,
-    read_config,
-    recipe_names,
-    run_config,
-    study_config,
-    to_yaml,
-)
+from isoform.config import RunConfig, run_config, study_config, to_yaml
 from isoform.errors import ConfigError
+from isoform.reading import apply_settings, is_study, merge, read_config, recipe_names
 from isoform.yaml12 import parse_yaml
 
 

@@ -13,7 +13,7 @@ ROOT = Path(isoform.__file__).parent
 FLOORS = {
     **dict.fromkeys(("contracts", "registry", "errors", "machine", "chance", "storage", "yaml12"), 1),
     **dict.fromkeys(("layers", "text", "config"), 2),
-    **dict.fromkeys(("models", "data"), 3),
+    **dict.fromkeys(("models", "data", "reading"), 3),
     **dict.fromkeys(("checkpoints", "evaluation", "objectives"), 4),
     **dict.fromkeys(("training", "serving"), 5),
     "studies": 6,

@@ -43,8 +43,8 @@ Config = str | Path | dict[str, Any]
 
 def _values(config: Config, settings: Sequence[str], arms: bool | None) -> dict[str, Any]:
     """Plain values of a recipe, file or mapping with `--set` applied; `arms`: whether a study is expected."""
-    from isoform.config import apply_settings, is_study, read_config
     from isoform.errors import ConfigError
+    from isoform.reading import apply_settings, is_study, read_config
 
     values = apply_settings(config if isinstance(config, dict) else read_config(config), list(settings))
     if arms is not None and is_study(values) != arms:
@@ -270,7 +270,7 @@ def export(model: str | Path, to: Literal["hf", "onnx", "gguf"], *, out: str | P
 
 def recipes() -> list[dict[str, str]]:
     """The recipes that come with isoform: {name, kind, about}."""
-    from isoform.config import is_study, read_config, recipe_names
+    from isoform.reading import is_study, read_config, recipe_names
 
     rows = []
     for name in recipe_names():

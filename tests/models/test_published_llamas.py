@@ -15,8 +15,9 @@ from transformers import (
     MixtralForCausalLM,
 )
 
-from isoform.config import read_config, run_config
+from isoform.config import run_config
 from isoform.models.accounting import accounts
+from isoform.reading import read_config
 from isoform.registry import build_options, lookup
 
 LLAMA_2 = {"max_position_embeddings": 4096, "rms_norm_eps": 1e-5}

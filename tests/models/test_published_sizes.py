@@ -17,7 +17,8 @@ from transformers import (
     RobertaForMaskedLM,
 )
 
-from isoform.config import read_config, run_config
+from isoform.config import run_config
+from isoform.reading import read_config
 from isoform.registry import build_options, lookup
 
 LARGE = {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096}

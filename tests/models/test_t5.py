@@ -12,12 +12,13 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from isoform.checkpoints.folders import load_model, save_model
 from isoform.checkpoints.tensors import read_model
-from isoform.config import read_config, recipe_names, run_config
+from isoform.config import run_config
 from isoform.contracts import Batch, Sequences
 from isoform.errors import CheckpointError, ConfigError
 from isoform.layers import ragged
 from isoform.models import names, t5_forms
 from isoform.models.t5 import T5
+from isoform.reading import read_config, recipe_names
 
 SOURCES, TARGETS = [5, 1, 17, 9, 30], [3, 7, 1, 12, 20]
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -16,12 +16,13 @@ import pytest
 import torch
 from pydantic import model_validator
 
-from isoform.config import apply_settings, merge, study_config
+from isoform.config import study_config
 from isoform.contracts import IGNORE
 from isoform.errors import ConfigError
 from isoform.layers.position import Position
 from isoform.models.gpt2 import GPT2
 from isoform.objectives.causal import Causal
+from isoform.reading import apply_settings, merge
 from isoform.registry import Options, Reads, build_options, recording, register
 from isoform.storage import json_line, write_json, write_text
 from isoform.studies import audit, audit_curves, audit_data, audit_rows, audit_terms

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from isoform.config import RunConfig, merge, run_config
+from isoform.config import RunConfig, run_config
+from isoform.reading import merge
 
 
 @pytest.fixture(autouse=True)

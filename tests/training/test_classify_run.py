@@ -12,8 +12,9 @@ from sklearn.metrics import confusion_matrix, f1_score
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import isoform
-from isoform.config import RunConfig, apply_settings, merge, read_config, run_config
+from isoform.config import RunConfig, run_config
 from isoform.errors import ConfigError, DataError
+from isoform.reading import apply_settings, merge, read_config
 from isoform.serving.use import open_model, predict, read_inputs, write_answers
 from isoform.storage import read_json, read_jsonl
 from isoform.training.prepare import prepare

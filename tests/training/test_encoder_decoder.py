@@ -13,7 +13,8 @@ import torch
 from sacrebleu.metrics import BLEU, CHRF
 from transformers import AutoTokenizer, T5ForConditionalGeneration
 
-import isoform
+import isoform.config
+import isoform.reading
 from isoform.errors import ConfigError
 from isoform.evaluation.generate import generate
 from isoform.storage import read_json, read_jsonl
@@ -42,7 +43,7 @@ def make_t5(make):
         base = make().model_dump(mode="json", exclude_defaults=True)
         base["model"] = {}
         for change in (T5, *changes):
-            base = isoform.config.merge(base, change)
+            base = isoform.reading.merge(base, change)
         return isoform.config.run_config(base)
 
     return build

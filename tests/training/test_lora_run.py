@@ -14,7 +14,8 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-import isoform
+import isoform.config
+import isoform.reading
 from isoform.checkpoints.adapters import merge
 from isoform.errors import CheckpointError, ConfigError, Stopped
 from isoform.models.lora import activate, adapter_state
@@ -142,7 +143,7 @@ def test_micro_batches_do_not_change_the_gradient(make, family, micro_batch_toke
             "train": {"select": {"metric": "last"}},
         },
     }
-    run = prepare(make(isoform.config.merge(LORA, kinds[family])))
+    run = prepare(make(isoform.reading.merge(LORA, kinds[family])))
     run.model.double()
     draw = torch.Generator().manual_seed(0)
     for tensor in adapter_state(run.model).values():

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from isoform import machine
-from isoform.config import RunConfig, is_study, run_config, study_config
+from isoform.config import RunConfig, run_config, study_config
+from isoform.reading import is_study
 from isoform.storage import free_bytes
 from isoform.studies import audit
 from isoform.studies.layout import Layout, StageRun

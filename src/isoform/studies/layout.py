@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from isoform.config import ArmConfig, RunConfig, StudyConfig, merge, run_config
+from isoform.config import ArmConfig, RunConfig, StudyConfig, run_config
 from isoform.data.splits import load_splits
 from isoform.errors import ConfigError
+from isoform.reading import merge
 from isoform.registry import component
 from isoform.storage import fingerprint
 
