@@ -203,6 +203,8 @@ def test_an_option_that_does_nothing_is_refused_by_its_name(folder: Path, change
         "text.tokenizer={kind: word}",
         "train.select={metric: loss, split: dev}",
         "evaluate.max_new_tokens=5",
+        "evaluate.max_examples=3",
+        "evaluate.max_tokens={dev: 32}",
         "stages=[only, finetune]",
     ],
 )

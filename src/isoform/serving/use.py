@@ -20,7 +20,7 @@ import yaml
 from isoform import machine
 from isoform.checkpoints.folders import LoadedModel, load_model
 from isoform.config import Beams, DataConfig, RunConfig, run_config
-from isoform.contracts import Document, Objective, Prompt
+from isoform.contracts import Document, IntArray, Objective, Prompt
 from isoform.data.batches import collate
 from isoform.data.corpus import build_dataset
 from isoform.data.identity import content_hash
@@ -229,7 +229,6 @@ def _decisions(opened: Opened, inputs: list[Input]) -> Iterator[Decision]:
         document = Document(str(content_hash(fields)), fields, {"source": "input", "row": len(encoded) + 1})
         encoded.append(objective.encode(document))
     samples = [objective.view(one) for one in encoded]
-    unknown = opened.tokenizer.special_ids.get("unk")
     found: dict[int, dict[str, Any]] = {}
     for group in token_batches(list(enumerate(samples)), opened.config.evaluate.batch_tokens):
         batch = collate([sample for _, sample in group]).to(opened.device)
@@ -237,8 +236,7 @@ def _decisions(opened: Opened, inputs: list[Input]) -> Iterator[Decision]:
             rows = objective.decided(opened.model, batch, opened.model(batch))
         found |= {index: row for (index, _), row in zip(group, rows, strict=True)}
     for index, (given, sample) in enumerate(zip(inputs, samples, strict=True)):
-        num_unknown = 0 if unknown is None else int(np.count_nonzero(sample.tokens == unknown))
-        yield Decision(given, num_unknown=num_unknown, **found[index])
+        yield Decision(given, num_unknown=count_unknown(opened, sample.tokens), **found[index])
 
 
 def _answers(opened: Opened, texts: list[str]) -> Iterator[Answer]:
@@ -252,16 +250,14 @@ def _answers(opened: Opened, texts: list[str]) -> Iterator[Answer]:
         device=opened.device,
         autocast=opened.autocast,
     )
-    unknown = opened.tokenizer.special_ids.get("unk")
     for text, prompt, generation in zip(texts, prompts, generations, strict=True):
-        num_unknown = 0 if unknown is None else int(np.count_nonzero(prompt.tokens == unknown))
-        yield Answer(text, opened.tokenizer.decode(generation.tokens), num_unknown)
+        yield Answer(text, opened.tokenizer.decode(generation.tokens), count_unknown(opened, prompt.tokens))
 
 
-def count_unknown(opened: Opened, text: str) -> int:
-    """Tokens of a text that the tokenizer does not know."""
+def count_unknown(opened: Opened, tokens: IntArray) -> int:
+    """Tokens of an input that stand for what the tokenizer does not know."""
     unknown = opened.tokenizer.special_ids.get("unk")
-    return 0 if unknown is None else int((opened.tokenizer.encode(text) == unknown).sum())
+    return 0 if unknown is None else int(np.count_nonzero(tokens == unknown))
 
 
 def tell_unknown(count: int) -> None:
@@ -298,7 +294,7 @@ def continue_text(
     if "bidirectional" in opened.model.capabilities:
         raise ConfigError(f"{opened.path}: an encoder, which reads a text from both sides and cannot continue one")
     prompt = _continued(opened, text, chat=chat, max_new_tokens=max_new_tokens)
-    tell_unknown(count_unknown(opened, text))
+    tell_unknown(count_unknown(opened, opened.tokenizer.encode(text)))
     # One token at a time is bound by reading the weights once, and autocast would convert all of them each time.
     way: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,

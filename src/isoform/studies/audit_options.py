@@ -41,9 +41,9 @@ BOOKKEEPING = {
     "evaluate.confidence",
     "evaluate.max_predictions",
 }
-# What acts after or between updates, where no probe step sees it: these are taken at their word.
-SCORING = {"evaluate.max_new_tokens"}
-SELECTING = {"train.select.metric", "train.select.split", "train.patience"}
+# What acts after or between updates, where no probe step sees it, is taken at its word: how checkpoints are selected,
+# and the rest of `evaluate`.
+SELECTING = {"train.select.metric", "train.select.split", "train.select.max_examples", "train.patience"}
 LOOKING = {"train.evaluate_every_steps", "train.evaluate_every_epochs"}
 # Documents that are scored and never trained on.
 SCORED = ("data.dev", "data.test")
@@ -202,7 +202,7 @@ def _claim(
     selects = any(configs[stage].train.select.metric != "last" for configs in (ours, theirs) if stage in configs)
     if field in BOOKKEEPING or (field in LOOKING and not selects):
         return "nothing"
-    if field in SCORING or (field in SELECTING | LOOKING and selects):
+    if field.startswith("evaluate.") or (field in SELECTING | LOOKING and selects):
         return "word"
     return "probe"
 
