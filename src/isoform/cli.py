@@ -230,6 +230,8 @@ def compare(
 
     values = isoform.compare(*results, metric=metric, split=split, margin=margin)
     _print_json(values) if as_json else print_study(values, _console())
+    if any(row["level"] == "refuse" for row in values["audit"]):
+        raise typer.Exit(10)
 
 
 @app.command()

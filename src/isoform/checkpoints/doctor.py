@@ -69,7 +69,7 @@ def _machine() -> list[Finding]:
     flags = ", ".join(facts["cpu_flags"]) or "none of those that matter"
     findings = [
         Finding("ok", f"Python {facts['python']} at {sys.executable}; torch {facts['torch']} on {facts['platform']}"),
-        Finding("ok", f"{facts['cpu']}: {facts['cores']} cores, {facts['threads']} threads; {flags}"),
+        Finding("ok", f"{facts['cpu']}: {facts['cores']} cores, of which torch uses {facts['threads']}; {flags}"),
         Finding("ok", f"device {machine.choose_device()}, {machine.choose_precision('auto', machine.choose_device())}"),
     ]
     if facts["threads"] > facts["cores"]:

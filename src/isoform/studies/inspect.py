@@ -9,6 +9,7 @@ from isoform.config import DataConfig
 from isoform.contracts import Source
 from isoform.data.passport import passport
 from isoform.data.splits import SplitSources, load_splits
+from isoform.errors import ConfigError
 from isoform.registry import component, names
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -33,6 +34,9 @@ def inspect(
 
 def _tokenizer(name: str, source: Source) -> TextTokenizer:
     if name not in names("tokenizer"):
+        if not Path(name).exists():
+            kinds = ", ".join(names("tokenizer"))
+            raise ConfigError(f"--tokenizer: {name!r} is neither one of {kinds} nor a file or folder with a tokenizer")
         return load_tokenizer(Path(name))
     _, options = component("tokenizer", {"kind": name}, "--tokenizer")
     return train_tokenizer(name, options, (text for document in source for text in document.fields.values()))
