@@ -71,6 +71,13 @@ class DataConfig(Section):
     label: str = "label"
     question: str = "question"
     answer: str = "answer"
+    messages: str = "messages"
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
     # the column that holds each field
     splits: Splits = Splits()
     # used with `path`; by hash of the content, so equal texts never stand in two splits

@@ -94,11 +94,41 @@ def test_jsonl_parquet_and_gzip(tmp_path: Path) -> None:
     assert read(plain) == read(zipped) == read(tmp_path / "c.parquet") == expected
 
 
+@pytest.mark.parametrize("indent", [None, 2])
+def test_json_is_a_list_or_objects_one_after_the_other(tmp_path: Path, indent: int | None) -> None:
+    rows = [{"text": f"row {number}", "label": "a, [b]"} for number in range(5)]
+    listed = written(tmp_path, "a.json", json.dumps(rows, indent=indent))
+    loose = written(tmp_path, "b.json", "\n".join(json.dumps(row, indent=indent) for row in rows))
+    expected = [{"text": row["text"], "label": row["label"]} for row in rows]
+    assert read(listed) == read(loose) == expected
+    lines = [document.meta["row"] for document in open_source(str(listed), DataConfig(), ("text",))]
+    assert lines == ([2, 6, 10, 14, 18] if indent else [1] * 5)
+
+
+def test_lists_of_messages_travel_as_their_json(tmp_path: Path) -> None:
+    messages = [{"role": "user", "content": "Grüße"}, {"role": "assistant", "content": "hi"}]
+    row = {"messages": messages, "input": None, "text": "plain"}
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "c.parquet")
+    for path in (written(tmp_path, "a.jsonl", json.dumps(row)), tmp_path / "c.parquet"):
+        (document,) = read(path, ("messages", "text", "input"))
+        assert document.keys() == {"messages", "text"} and "Grüße" in document["messages"]
+        assert json.loads(document["messages"]) == messages
+    named = read(tmp_path / "a.jsonl", ("prompt",), prompt="messages")
+    assert json.loads(named[0]["prompt"]) == messages
+
+
+def test_what_is_missing_is_told_of_the_nearest_way(tmp_path: Path) -> None:
+    path = written(tmp_path, "a.jsonl", '{"instruction": "x", "outptu": "y"}\n')
+    with pytest.raises(DataError, match=r"no column 'output' .did you mean 'outptu'"):
+        read(path, (("messages",), ("instruction", "output")))
+
+
 def test_a_folder_is_its_files_in_order(tmp_path: Path) -> None:
     written(tmp_path, "set/b.txt", "two\n")
     written(tmp_path, "set/a/x.jsonl", '{"text": "one"}\n')
     written(tmp_path, "set/.hidden.txt", "no\n")
     written(tmp_path, "set/readme.md", "no\n")
+    written(tmp_path, "set/about.json", '{"text": "no"}')
     source = open_source("set", DataConfig(root=str(tmp_path)), ("text",))
     assert [document.fields["text"] for document in source] == ["one", "two"]
     assert [document.meta["source"] for document in source] == [str(Path("set/a/x.jsonl")), str(Path("set/b.txt"))]
@@ -142,6 +172,9 @@ MISTAKES = [
     ("a.jsonl", b'{"text": "a\\u0000"}\n', "a.jsonl:1: a NUL character"),
     ("a.jsonl", b'{"other": "a"}\n', "no column 'text'"),
     ("a.jsonl", b"[" * 100_000 + b"\n", "a.jsonl:1:1: not JSON"),
+    ("a.json", b'[{"text": "a"},\n {"text" "b"}]', "a.json:2:10: not JSON"),
+    ("a.json", b'[{"text": "a"},\n 7]', "a.json:2: int given, an object of columns"),
+    ("a.json", b'[{"text": "a"}', "a.json:1: the list has no end"),
     ("a.jsonl.gz", b"not gzip", "a.jsonl.gz:1: damaged gzip"),
     ("a.parquet", b"not parquet", "a.parquet: not readable as parquet"),
     ("a.docx", b"x", "a.docx: .docx is not read; .txt"),

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from isoform.contracts import Document
 
 # What a document is asked to yield, not what it is given: two documents that differ in these alone are the same input.
-OUTCOMES = frozenset({"label", "answer"})
+OUTCOMES = frozenset({"label", "answer", "output", "chosen", "rejected"})
 
 Hashes = npt.NDArray[np.uint64]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,6 +195,31 @@ def read_jsonl(path: Path, layout: Layout) -> Iterator[Row]:
         yield number, value
 
 
+def read_json(path: Path, layout: Layout) -> Iterator[Row]:
+    """One list of JSON objects, or objects one after the other; the row is the line on which an object begins."""
+    text = "".join(line for _, line in read_lines(path))
+    decoder, number, place = json.JSONDecoder(), 1, 0
+    listed = text.lstrip().startswith("[")
+    between = re.compile(r"[\s,]*") if listed else re.compile(r"\s*")
+    end = text.index("[") + 1 if listed else 0
+    while True:
+        begin = between.match(text, end).end()  # type: ignore[union-attr]
+        number, place = number + text.count("\n", place, begin), begin
+        if listed and begin == len(text):
+            raise DataError(f"{path}:{number}: the list has no end; the file is not whole")
+        if begin == len(text) or (listed and text[begin] == "]"):
+            return
+        try:
+            value, end = decoder.raw_decode(text, begin)
+        except (ValueError, RecursionError) as error:
+            where = f"{path}:{getattr(error, 'lineno', number)}:{getattr(error, 'colno', 1)}"
+            reason = getattr(error, "msg", "nested too deeply")
+            raise DataError(f"{where}: not JSON ({reason}); a list of objects is expected") from None
+        if not isinstance(value, dict):
+            raise DataError(f"{path}:{number}: {type(value).__name__} given, an object of columns is expected")
+        yield number, value
+
+
 def read_parquet(path: Path, layout: Layout) -> Iterator[Row]:
     """Parquet, a block of rows at a time."""
     import pyarrow
@@ -219,6 +245,7 @@ READERS: dict[str, Callable[[Path, Layout], Iterator[Row]]] = {
     ".txt": read_text,
     ".csv": read_csv,
     ".tsv": read_tsv,
+    ".json": read_json,
     ".jsonl": read_jsonl,
     ".parquet": read_parquet,
 }

@@ -1,6 +1,6 @@
 """Sources: where documents come from, named by a text.
 
-    reviews.parquet                         a file: txt, csv, tsv, jsonl, parquet; the text formats also as .gz
+    reviews.parquet                         a file: txt, csv, tsv, json, jsonl, parquet; the text formats also as .gz
     novels/                                 a folder of such files, in the order of their names
     hf:owner/name@revision:config#split     a dataset of the Hugging Face hub; all but owner/name may be left out
     builtin:city-facts                      a set that comes with isoform
@@ -11,6 +11,7 @@ A source streams: it holds a few hundred documents at a time, whatever it reads.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +32,12 @@ from isoform.registry import nearest
 from isoform.storage import fingerprint
 
 # What a document's fields are called, and by which setting of `data` a column becomes one.
-KNOWN_FIELDS = ("text", "label", "question", "answer")
+PLAIN, CHATS = ("text", "label", "question", "answer"), ("messages", "instruction", "input", "output")
+KNOWN_FIELDS = (*PLAIN, *CHATS, "prompt", "chosen", "rejected")
+# Fields that may hold a list or an object: it travels as its JSON text.
+NESTED_FIELDS = frozenset({"messages", "conversations", "prompt", "chosen", "rejected"})
+# Fields that add to another one, in which nothing is no mistake.
+ADDED_FIELDS = frozenset({"input"})
 
 Alternatives = tuple[tuple[str, ...], ...]
 
@@ -148,7 +154,8 @@ class DocumentSource:
         raise DataError(self._missing(columns, table, needed or [["text"]]))
 
     def _missing(self, columns: tuple[str, ...], table: Table, needed: list[list[str]]) -> str:
-        field = next(field for field in needed[0] if self._column(field) not in columns)
+        nearest_way = max(needed, key=lambda fields: sum(self._column(field) in columns for field in fields))
+        field = next(field for field in nearest_way if self._column(field) not in columns)
         column = self._column(field)
         there = ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in columns) or "none"
         hint = f"name it with `data.{field}`" if field in KNOWN_FIELDS else "rename one"
@@ -161,8 +168,10 @@ class DocumentSource:
         return str(getattr(self._data, field)) if field in KNOWN_FIELDS else field
 
     def _text(self, value: Any, field: str, place: str, column: str) -> str | None:
-        if value is None and field in self._optional:
+        if value is None and (field in self._optional or field in ADDED_FIELDS):
             return None
+        if isinstance(value, list | dict) and field in NESTED_FIELDS:
+            value = json.dumps(value, ensure_ascii=False, default=str)
         if isinstance(value, str | int | float) and value == value:  # NaN is what a table calls nothing
             text = str(value)
             if "\0" in text:
@@ -228,13 +237,18 @@ def _origin(spec: str, data: DataConfig, layout: Layout) -> Origin:
     return Origin(spec, tuple(_files(spec, path, layout)))
 
 
+def _is_data(file: Path) -> bool:
+    """Whether a file of a folder is read; a .json there mostly says something about the others."""
+    return format_of(file) not in (None, ".json")
+
+
 def _files(spec: str, path: Path, layout: Layout) -> Iterator[FileTable]:
     known = ", ".join(READERS)
     if path.is_dir():
         files = sorted(
             file
             for file in path.rglob("*")
-            if file.is_file() and format_of(file) and not any(part[0] == "." for part in file.relative_to(path).parts)
+            if file.is_file() and _is_data(file) and not any(part[0] == "." for part in file.relative_to(path).parts)
         )
         if not files:
             raise DataError(f"{path}: no file to read in this folder; {known} are read")
