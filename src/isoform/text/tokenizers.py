@@ -208,8 +208,9 @@ class TextTokenizer:
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            # a text that spells a special token is plain text there too
-            "split_special_tokens": True,
+            # A text that spells a special token is plain text there too; but a chat template spells them, and there
+            # it is transformers that tells a rendered conversation from a text, or does not.
+            "split_special_tokens": self.chat_template is None,
             **{f"{role}_token": token for role, token in self.special.items()},
         }
         storage.write_json(folder / "tokenizer_config.json", settings)
