@@ -9,7 +9,7 @@ This file imports neither torch nor another room, so that a report can be made w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
@@ -321,6 +321,30 @@ class Model(Protocol):
     def new_cache(self, num_sequences: int) -> Cache: ...
 
 
+class Helper(Protocol):
+    """What a loss needs beside the model that is trained: another model, and parts that are trained and left behind.
+
+    sources: option of the objective -> where a model comes from, such as a teacher. companion: a torch module that is
+    trained beside the model and kept with the run's checkpoints, and is no part of what is exported; None: nothing.
+    reads_layers: whether the loss reads `Output.layers`.
+    """
+
+    sources: Mapping[str, str]
+    companion: Any
+    reads_layers: bool
+
+    def join(self, others: Mapping[str, Any], model: Any, seed: int) -> None:
+        """Takes the models of `sources`, each with `model` and `tokenizer`, to the side of the trained one.
+
+        Raises: ConfigError where one does not fit to it.
+        """
+        ...
+
+    def rehearse(self, train: Any, cache: Path, device: Any, precision: str, autocast: Callable[[], Any]) -> None:
+        """Computes what is to be computed once of the training documents, and keeps it in the cache."""
+        ...
+
+
 class Objective(Protocol):
     """What the model is asked to do: how a document becomes a sample, and what is lost where it answers wrongly.
 
@@ -328,7 +352,10 @@ class Objective(Protocol):
     enough to train; `optional_fields` may be missing where nothing is scored; `needs` are the model capabilities.
     `stochastic`: whether `prepare` draws (then evaluation uses fixed draws). `windowed`: whether a long document may be
     cut into windows of `window_tokens` tokens of its `text` field before `prepare` sees it.
-    Some have `shown(encoded, stats)` too: what a row of predictions says where nothing is generated.
+    `helper`: what the loss needs beside the model, None: nothing.
+    Some have `shown(encoded, stats)` too: what a row of predictions says where nothing is generated. Some have
+    `generates`: kept predictions are generated though no metric may need them. Some have `asked(encoded)`: how many
+    targets a document has, and how many of them its sample keeps; raises DataError where it has none.
     """
 
     alternatives: tuple[tuple[str, ...], ...]
@@ -338,6 +365,7 @@ class Objective(Protocol):
     windowed: bool
     window_tokens: int
     metrics: tuple[str, ...]  # names of the metrics that make sense, the first being the default
+    helper: Helper | None
     tokenizer: Tokenizer
 
     @classmethod

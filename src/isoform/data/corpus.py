@@ -38,7 +38,8 @@ class Dataset:
     """Encoded documents, or windows of them, by index.
 
     report: {documents, samples, tokens, bytes, unknown_tokens, documents_cut, documents_truncated, tokens_dropped,
-    documents_empty, longest_tokens}. fingerprint: the hash of everything that decides the content. fields: those that
+    documents_empty, longest_tokens}, and where the objective counts what it asks of a document {targets, targets_lost,
+    documents_unasked: those that lose every target and are left out}. fingerprint: the hash of everything that decides the content. fields: those that
     `field_lengths` names even where no document has them.
     """
 
@@ -132,14 +133,14 @@ def build_dataset(
     settings = [FORMAT, source.fingerprint(), tokenizer.fingerprint(), objective.encoding_key(), windower.key]
     key = storage.fingerprint([*settings, keep_documents, data.shard_tokens])
     folder = cache / "tokens" / key
-    if not _whole(folder, key):
-        with _waited(cache / "locks" / key):
-            if not _whole(folder, key):
+    if not whole(folder, key):
+        with waited(cache / "locks" / key):
+            if not whole(folder, key):
                 _build(folder, key, source, tokenizer, objective, windower, data.shard_tokens, keep_documents)
     return Dataset(folder, [name for fields in objective.alternatives for name in fields])
 
 
-def _whole(folder: Path, key: str) -> bool:
+def whole(folder: Path, key: str) -> bool:
     """Whether a store is there with every byte that it was built with."""
     try:
         manifest = storage.read_json(folder / "manifest.json")
@@ -150,7 +151,7 @@ def _whole(folder: Path, key: str) -> bool:
         return False
 
 
-class _waited:
+class waited:
     """A lock that waits: processes of one run that need the same store build it once."""
 
     def __init__(self, folder: Path) -> None:
@@ -277,6 +278,9 @@ def _fill(
     report = dict.fromkeys(
         ("documents", "samples", "tokens", "bytes", "unknown_tokens", "documents_cut", "documents_truncated"), 0
     ) | {"tokens_dropped": 0, "documents_empty": 0, "longest_tokens": 0}
+    asked_of = getattr(objective, "asked", None)
+    if asked_of is not None:
+        report |= {"targets": 0, "targets_lost": 0, "documents_unasked": 0}
     unknown = tokenizer.special_ids.get("unk", -1)
     for document in source:
         encoded = objective.encode(document)
@@ -287,6 +291,13 @@ def _fill(
             report["documents_empty"] += 1
             continue
         ranges, num_bytes, dropped = windower.cut(document, encoded)
+        if asked_of is not None:
+            asked, kept = asked_of(encoded)
+            report["targets"] += asked
+            report["targets_lost"] += asked - kept
+            if kept == 0:
+                report["documents_unasked"] += 1
+                continue
         writer.add(document, encoded, ranges, num_bytes)
         report["tokens"] += num_tokens
         report["bytes"] += sum(num_bytes)

@@ -5,7 +5,7 @@ Source: Warner et al. 2024; HF `ModernBertForMaskedLM`, with which logits and gr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -142,6 +142,18 @@ class ModernBert(nn.Module):
         def resolved(self) -> dict[str, Any]:
             """The options with what None stands for, so that equal models are equal."""
             return {**self.model_dump(), "feedforward_width": self.inner_width}
+
+        def keeping(self, layers: Sequence[int]) -> dict[str, int]:
+            """What changes where these layers alone are kept, see `depth`. Raises: ConfigError."""
+            kinds = [layer % self.global_every == 0 for layer in layers]
+            every = next((at for at in range(1, len(layers)) if kinds[at]), self.global_every)
+            if layers[0] != 0 or kinds != [at % every == 0 for at in range(len(layers))]:
+                raise ConfigError(
+                    f"model.layers: {list(layers)} given; ModernBERT begins with layer 0, which has no norm, and its "
+                    f"layers see the whole text at equal distances (here every {self.global_every}th does): keep 0, "
+                    "and as many local layers after each global one"
+                )
+            return {"num_layers": len(layers), "global_every": every}
 
     def __init__(self, config: Config, seed: int | None = 0) -> None:
         """Draws the parameters from `seed`; None leaves them undrawn, for weights that are loaded at once."""

@@ -8,7 +8,7 @@ and gradients agree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -78,6 +78,10 @@ class T5(nn.Module):
         def key_width(self) -> int:
             """Width of a head."""
             return self.head_width or self.width // self.num_heads
+
+        def keeping(self, layers: Sequence[int]) -> dict[str, int | None]:
+            """What changes where these layers alone are kept in both stacks, see `depth`."""
+            return {"num_layers": len(layers), "num_decoder_layers": None}
 
     def __init__(self, config: Config, seed: int | None = 0) -> None:
         """Draws the parameters from `seed`; None leaves them undrawn, for weights that are loaded at once."""

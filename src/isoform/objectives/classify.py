@@ -16,6 +16,7 @@ from isoform.contracts import (
     Batch,
     Document,
     Encoded,
+    Helper,
     IntArray,
     Ints,
     LossPart,
@@ -80,6 +81,7 @@ class Classify:
     needs: frozenset[str] = frozenset({"classify"})
     stochastic: bool = False
     windowed: bool = False
+    helper: Helper | None = None
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
         self.config = config
@@ -225,10 +227,16 @@ class Classify:
     def loss(self, model: Model, batch: Batch, output: Output) -> dict[str, LossPart]:
         """The weighted sum of the sequences' losses."""
         assert batch.labels is not None, "a batch of this objective has labels"
-        losses = self._losses(_scores(model, batch, output), batch.labels)
+        losses = self._losses(self.scores(model, batch, output), batch.labels)
         if batch.weights is not None:
             losses = losses * batch.weights[: len(losses)]
         return {"loss": LossPart(losses.sum())}
+
+    def scores(self, model: Any, batch: Batch, output: Output) -> Tensor:
+        """Scores of the labels of the sequences that have one, in at least fp32: `(b, c)`; filler stands at the end."""
+        assert batch.labels is not None, "a batch of this objective has labels"
+        scores: Tensor = model.classifier(output.hidden, batch)[: len(batch.labels)]
+        return scores if scores.dtype == torch.float64 else scores.float()
 
     def _losses(self, scores: Tensor, labels: Tensor) -> Tensor:
         """Shapes: scores `(b, c)`, labels `(b,)` or `(b, c)` -> `(b,)`."""
@@ -244,7 +252,7 @@ class Classify:
         in its bin of confidence. Of a number: its square and absolute error, and the sums of a correlation.
         """
         assert batch.labels is not None, "a batch of this objective has labels"
-        scores, labels = _scores(model, batch, output).double().cpu(), batch.labels.cpu()
+        scores, labels = self.scores(model, batch, output).double().cpu(), batch.labels.cpu()
         ones = torch.ones(len(labels), dtype=torch.float64)
         shared = {"nats": self._losses(scores, labels), "tokens": ones, "examples": ones}
         if self.config.task == "regression":
@@ -354,13 +362,6 @@ def _cut(parts: Sequence[IntArray], room: int) -> list[IntArray]:
     shorter = min(len(first), len(second), room // 2)
     longer = room - shorter
     return [first[:longer], second[:shorter]] if len(first) >= len(second) else [first[:shorter], second[:longer]]
-
-
-def _scores(model: Any, batch: Batch, output: Output) -> Tensor:
-    """Scores of the sequences that have labels, in at least fp32: `(b, c)`; filler has none and stands at the end."""
-    assert batch.labels is not None
-    scores: Tensor = model.classifier(output.hidden, batch)[: len(batch.labels)]
-    return scores if scores.dtype == torch.float64 else scores.float()
 
 
 def _gaps(confidence: Tensor, correct: Tensor) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from isoform.contracts import IGNORE, Batch, Document, LossPart, Model, Output, Tokenizer
+from isoform.contracts import IGNORE, Batch, Document, Helper, LossPart, Model, Output, Tokenizer
 from isoform.layers import ragged
 
 # Logits made at once: 64 MB in fp32. Where nothing is kept for a backward pass, this bounds the memory of the loss.
@@ -40,6 +40,8 @@ class TokenObjective:
     A sample's weight multiplies its targets in both the total and the count.
     """
 
+    helper: Helper | None = None
+
     def __init__(self, config: Any, tokenizer: Tokenizer, max_tokens: int) -> None:
         self.config = config
         self.tokenizer = tokenizer
@@ -57,13 +59,13 @@ class TokenObjective:
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """The weighted number of targets; filler has none."""
-        asked, _, weights = _asked(batch)
+        asked, _, weights = asked_places(batch)
         return {"loss": float(len(asked)) if weights is None else float(weights.double().sum())}
 
     def loss(self, model: Model, batch: Batch, output: Output) -> dict[str, LossPart]:
         """The weighted sum of -log p(target), in nats."""
-        asked, targets, weights = _asked(batch)
-        places, padded = _rounded_up(asked, targets)
+        asked, targets, weights = asked_places(batch)
+        places, padded = rounded_up(asked, targets)
         losses = torch.cat(
             [
                 functional.cross_entropy(logits, some, reduction="none", ignore_index=IGNORE)
@@ -74,9 +76,9 @@ class TokenObjective:
 
     def statistics(self, model: Model, batch: Batch, output: Output) -> dict[str, Tensor]:
         """Unweighted sums of each sequence, float64 `(b,)` on the host: nats, tokens, correct_tokens."""
-        asked, targets, _ = _asked(batch)
+        asked, targets, _ = asked_places(batch)
         nats, correct = [], []
-        places, padded = _rounded_up(asked, targets)
+        places, padded = rounded_up(asked, targets)
         for logits, some in logit_chunks(model, output.hidden[places], padded):
             nats.append(functional.cross_entropy(logits, some, reduction="none", ignore_index=IGNORE))
             correct.append(logits.argmax(-1) == some)
@@ -93,7 +95,7 @@ class TokenObjective:
         }
 
 
-def _asked(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+def asked_places(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     """Places that have a target `(m,)`, their targets `(m,)`, and their samples' weights `(m,)` if any."""
     assert batch.targets is not None, "a batch of this objective has targets"
     asked = (batch.targets != IGNORE).nonzero().squeeze(1)
@@ -103,7 +105,7 @@ def _asked(batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
     return asked, batch.targets[asked], weights
 
 
-def _rounded_up(asked: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def rounded_up(asked: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Both with some more places, the first token's, whose target is IGNORE: `(m,)` -> `(m rounded up,)`."""
     more = -len(asked) % min(FRIENDLY_PLACES, max(1, len(asked)))
     return functional.pad(asked, (0, more)), functional.pad(targets, (0, more), value=IGNORE)
