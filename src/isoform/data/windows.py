@@ -37,8 +37,9 @@ class Windower:
         Raises: DataError where the document is too long and the policy is `refuse`.
         """
         ids = encoded.fields.get("text")
-        # An encoder-decoder reads two sequences, each as long as the context.
-        together = max if "encoder-decoder" in self._objective.needs else sum
+        # An encoder-decoder reads two sequences, each as long as the context; so does who compares two.
+        apart = "encoder-decoder" in self._objective.needs or getattr(self._objective, "compares", False)
+        together = max if apart else sum
         num_tokens = together(map(len, encoded.token_fields))
         if not self._windowed or ids is None:
             over = num_tokens - self._max_tokens

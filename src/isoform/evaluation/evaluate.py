@@ -1,13 +1,13 @@
 """Scores of a model on a split: what it loses on true text, and what it answers.
 
 Every draw is fixed by the sample's id, every sum runs over examples in their order, so batch size, order and ranks
-change nothing beyond the rounding of the model itself; no random stream of the training is touched.
+change nothing beyond the rounding of the model itself; no random stream of the training is touched. Examples pass in
+pools: memory does not grow with their number, but for eight bytes of each id.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -18,15 +18,18 @@ import numpy as np
 from isoform import chance
 from isoform.config import Beams
 from isoform.contracts import IGNORE, Encoded, Metric, Model, Objective, Prompt, Sample
+from isoform.data.identity import Occurrences, content_hash
 from isoform.errors import ConfigError
 from isoform.evaluation.generate import generate
-from isoform.evaluation.metrics import Judge, build_metrics, columns_of, result_row
+from isoform.evaluation.metrics import Judge, StreamingMetrics, build_metrics
 
 if TYPE_CHECKING:
     import torch
 
 # Columns that a greedy answer can be judged by without being generated.
 TOLD_COLUMNS = frozenset({"correct", "examples"})
+# Columns that only a generated answer has.
+GENERATED_COLUMNS = frozenset({"ended"})
 # Columns of texts whose tokens are hidden one at a time.
 PSEUDO_COLUMNS = frozenset({"pseudo_nats", "pseudo_tokens"})
 # Samples prepared at once: enough to batch like lengths together, few enough to stream.
@@ -65,6 +68,12 @@ class Evaluation:
     predictions: list[dict[str, Any]] = field(default_factory=list)
 
 
+class Watch(Protocol):
+    """Sees every example that is scored, with what was said of it and all its statistics, kept or not."""
+
+    def add(self, row: Mapping[str, Any], stats: Mapping[str, float]) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class _Way:
     """How the model is run."""
@@ -75,6 +84,19 @@ class _Way:
     autocast: Callable[[], AbstractContextManager[Any]]
     max_new_tokens: int | None
     beams: Beams | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """What is measured. wanted: columns; tells: judged without being generated; shows: rows say more than numbers."""
+
+    split: str
+    judges: Sequence[Judge]
+    wanted: set[str]
+    answer_columns: set[str]
+    tells: bool
+    shows: bool
+    watch: Watch | None
 
 
 def evaluate(
@@ -91,14 +113,17 @@ def evaluate(
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
     keep_predictions: int | None = None,
+    keep: Callable[[dict[str, Any]], Any] | None = None,
+    watch: Watch | None = None,
     rank: int = 0,
     world: int = 1,
     gather: Callable[[list[Any]], list[Any]] = lambda rows: rows,
 ) -> Evaluation:
     """The metrics of one split, token-weighted, with intervals over examples.
 
-    metrics: names; None: the objective's own. keep_predictions: the most rows to keep; None: all. rank, world: this
-    process scores every world-th example; gather: the lists of all ranks end to end.
+    metrics: names; None: the objective's own. keep_predictions: the most rows to keep; None: all. keep: where kept rows
+    go, one by one in the order of the examples; None: into the result. rank, world: this process scores every world-th
+    example; gather: the lists of all ranks end to end.
 
     Where no prediction is kept, answers are judged without being generated, in the one pass over the true text: greedy
     decoding says the expected tokens if and only if each is the first choice after those before it. Only an answer
@@ -107,34 +132,65 @@ def evaluate(
     Raises: ConfigError where a metric needs answers that the objective does not generate.
     """
     chosen = build_metrics(objective.metrics if metrics is None else metrics)
-    wanted = {column for metric in chosen for column in metric.columns}
-    judges = [metric for metric in chosen if isinstance(metric, Judge)]
+    asked = _asked(chosen, split, beams, keep_predictions, watch)
+    way = _Way(model, batch_tokens, device, autocast, max_new_tokens, beams)
+    totals, seen = StreamingMetrics(chosen), Occurrences()
+    result = Evaluation([])
+    keep = result.predictions.append if keep is None else keep
+    room = len(dataset) if keep_predictions is None else keep_predictions
+    for first in range(0, len(dataset), POOL_SAMPLES * world):
+        mine = range(first + rank, min(first + POOL_SAMPLES * world, len(dataset)), world)
+        rows = [row for _, row in sorted(gather(list(_scored(way, objective, dataset, mine, asked).items())))]
+        _make_distinct(rows, seen)
+        totals.add(_columns(rows))
+        for row in rows[:room]:
+            keep(row)
+        room = max(0, room - len(rows))
+    result.rows = totals.rows(split, confidence)
+    return result
+
+
+def _asked(
+    metrics: Sequence[Metric], split: str, beams: Beams | None, keep_predictions: int | None, watch: Watch | None
+) -> _Asked:
+    judges = [metric for metric in metrics if isinstance(metric, Judge)]
     answer_columns = {column for judge in judges for column in judge.columns}
     greedy = beams is None or beams.num_beams == 1
-    tells = keep_predictions == 0 and greedy and bool(judges) and answer_columns <= TOLD_COLUMNS
-    way = _Way(model, batch_tokens, device, autocast, max_new_tokens, beams)
-    mine = list(range(rank, len(dataset), world))
-    rows: dict[int, dict[str, Any]] = {index: _empty_row(dataset[index], split) for index in mine}
+    return _Asked(
+        split=split,
+        judges=judges,
+        wanted={column for metric in metrics for column in metric.columns},
+        answer_columns=answer_columns,
+        tells=keep_predictions == 0 and greedy and bool(judges) and answer_columns <= TOLD_COLUMNS,
+        shows=keep_predictions != 0 or watch is not None,
+        watch=watch,
+    )
+
+
+def _scored(
+    way: _Way, objective: Objective, dataset: Examples, indices: Sequence[int], asked: _Asked
+) -> dict[int, dict[str, Any]]:
+    """Index -> row of predictions.jsonl, of one pool."""
+    rows: dict[int, dict[str, Any]] = {index: _empty_row(dataset[index], asked.split) for index in indices}
     judged: set[int] = set()
     # What an objective that does not generate says of each example.
     shown: Callable[[Encoded, Mapping[str, float]], dict[str, Any]] | None = getattr(objective, "shown", None)
-    if wanted & PSEUDO_COLUMNS:
-        for index, stats in _one_by_one(way, objective, dataset, mine):
+    if asked.wanted & PSEUDO_COLUMNS:
+        for index, stats in _one_by_one(way, objective, dataset, indices):
             rows[index]["stats"].update(stats)
-    if wanted - answer_columns - PSEUDO_COLUMNS or tells:
-        for index, stats in _likelihoods(way, objective, dataset, mine):
-            if tells and _is_told(objective, dataset[index], max_new_tokens):
+    if asked.wanted - asked.answer_columns - PSEUDO_COLUMNS or asked.tells:
+        for index, stats in _likelihoods(way, objective, dataset, indices):
+            if asked.tells and _is_told(objective, dataset[index], way.max_new_tokens):
                 stats |= {"correct": float(stats["correct_tokens"] == stats["tokens"]), "examples": 1.0}
                 judged.add(index)
-            if shown is not None and keep_predictions != 0:
+            if shown is not None and asked.shows:
                 rows[index].update(shown(dataset[index], stats))
-            rows[index]["stats"].update({name: value for name, value in stats.items() if _reads(wanted, name)})
-    if judges:
-        _answers(way, objective, dataset, {index: rows[index] for index in mine if index not in judged}, judges)
-    gathered = sorted(gather(list(rows.items())))
-    predictions = _distinct_ids([row for _, row in gathered])
-    kept = predictions if keep_predictions is None else predictions[:keep_predictions]
-    return Evaluation(_result_rows(chosen, split, predictions, confidence), kept)
+            if asked.watch is not None:
+                asked.watch.add(rows[index], stats)
+            rows[index]["stats"].update({name: value for name, value in stats.items() if _reads(asked.wanted, name)})
+    if asked.judges:
+        _answers(way, objective, dataset, {index: rows[index] for index in indices if index not in judged}, asked)
+    return rows
 
 
 def _reads(wanted: set[str], column: str) -> bool:
@@ -146,24 +202,18 @@ def _empty_row(encoded: Encoded, split: str) -> dict[str, Any]:
     return {"id": encoded.id, "split": split, "input": None, "gold": None, "prediction": None, "stats": {}}
 
 
-def _result_rows(
-    metrics: Sequence[Metric], split: str, predictions: Sequence[Mapping[str, Any]], confidence: float
-) -> list[dict[str, Any]]:
-    available = predictions[0]["stats"] if predictions else {}
-    columns = {column for metric in metrics for column in columns_of(metric, available)}
-    present = [column for column in columns if predictions and all(column in row["stats"] for row in predictions)]
-    stats = {column: np.array([row["stats"][column] for row in predictions]) for column in present}
-    return [result_row(metric, split, stats, confidence) for metric in metrics]
+def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Column -> numbers of the rows `(b,)`, NaN where a row lacks one."""
+    names = rows[0]["stats"] if rows else {}
+    return {name: np.array([row["stats"].get(name, np.nan) for row in rows]) for name in names}
 
 
-def _distinct_ids(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _make_distinct(rows: Sequence[dict[str, Any]], seen: Occurrences) -> None:
     """Equal documents have equal ids; the second of them becomes `id#2`, so that rows pair one to one."""
-    seen: Counter[str] = Counter()
-    for row in rows:
-        seen[row["id"]] += 1
-        if seen[row["id"]] > 1:
-            row["id"] = f"{row['id']}#{seen[row['id']]}"
-    return rows
+    hashes = np.array([content_hash({"id": row["id"]}) for row in rows], dtype=np.uint64)
+    for row, before in zip(rows, seen.number(hashes), strict=True):
+        if before:
+            row["id"] = f"{row['id']}#{before + 1}"
 
 
 # ------------------------------------------------------------------------------------------------- on the true answers
@@ -177,16 +227,15 @@ def _likelihoods(
 
     from isoform.data.batches import collate
 
-    for first in range(0, len(indices), POOL_SAMPLES):
-        pool = [(index, _fixed_sample(objective, dataset[index])) for index in indices[first : first + POOL_SAMPLES]]
-        for group in token_batches(pool, way.batch_tokens):
-            batch = collate([sample for _, sample in group]).to(way.device)
-            with torch.no_grad(), way.autocast():
-                found = objective.statistics(way.model, batch, way.model(batch))
-            columns = {name: values.tolist() for name, values in found.items()}
-            for row, (index, sample) in enumerate(group):
-                stats = {name: float(values[row]) for name, values in columns.items()}
-                yield index, {**stats, "bytes": float(sample.num_bytes)}
+    pool = [(index, _fixed_sample(objective, dataset[index])) for index in indices]
+    for group in token_batches(pool, way.batch_tokens):
+        batch = collate([sample for _, sample in group]).to(way.device)
+        with torch.no_grad(), way.autocast():
+            found = objective.statistics(way.model, batch, way.model(batch))
+        columns = {name: values.tolist() for name, values in found.items()}
+        for row, (index, sample) in enumerate(group):
+            stats = {name: float(values[row]) for name, values in columns.items()}
+            yield index, {**stats, "bytes": float(sample.num_bytes)}
 
 
 def _one_by_one(
@@ -240,8 +289,12 @@ def _answers(
     dataset: Examples,
     rows: Mapping[int, dict[str, Any]],
     judges: Sequence[Judge],
+    talks: bool,
 ) -> None:
-    """Generates the answer to every question, and writes what was asked, expected and said into the rows."""
+    """Generates the answer to every question, and writes what was asked, expected and said into the rows.
+
+    talks: whether it is noted how the answers ended.
+    """
     indices = list(rows)
     for first in range(0, len(indices), POOL_SAMPLES):
         some = indices[first : first + POOL_SAMPLES]
@@ -258,6 +311,8 @@ def _answers(
         for index, prompt, generation in zip(some, prompts, generations, strict=True):
             said = objective.tokenizer.decode(generation.tokens)
             rows[index].update(input=prompt.text, gold=prompt.gold, prediction=said)
+            if talks:
+                rows[index]["stats"].update(ended=float(generation.stopped), examples=1.0)
             for judge in judges:
                 rows[index]["stats"].update(judge.judge(said, prompt.gold or ""))
 

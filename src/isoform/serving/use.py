@@ -32,7 +32,7 @@ from isoform.evaluation.evaluate import Evaluation, evaluate, token_batches
 from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, text_stream
 from isoform.registry import component
 from isoform.storage import json_line, locked, read_json, staged_file, write_json
-from isoform.text.chat import chat_tokens
+from isoform.text.chat import chat_tokens, closing_ids
 from isoform.text.tokenizers import TextTokenizer
 
 # Inputs that are answered together; more only cost memory.
@@ -316,8 +316,10 @@ def _continued(opened: Opened, text: str, *, chat: bool, max_new_tokens: int) ->
         asked = _prompt(opened, {opened.objective.alternatives[0][0]: text})
         return dataclasses.replace(asked, max_new_tokens=max_new_tokens)
     special = opened.tokenizer.special_ids
+    stop = opened.stop
     if chat:
         tokens = chat_tokens(opened.tokenizer, [{"role": "user", "content": text}])
+        stop = tuple(sorted({*stop, *closing_ids(opened.tokenizer)}))
     else:
         tokens = np.array([*opened.tokenizer.first_ids, *opened.tokenizer.encode(text)], dtype=np.int32)
     if not len(tokens):
@@ -325,7 +327,7 @@ def _continued(opened: Opened, text: str, *, chat: bool, max_new_tokens: int) ->
         if start is None:
             raise ConfigError("--prompt: empty, and this tokenizer has no token to begin with; give some text")
         tokens = np.array([start], dtype=np.int32)
-    return Prompt("prompt", tokens, opened.stop, max_new_tokens, text)
+    return Prompt("prompt", tokens, stop, max_new_tokens, text)
 
 
 def read_inputs(opened: Opened, path: Path | None) -> Iterator[Input]:

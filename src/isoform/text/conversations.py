@@ -79,22 +79,17 @@ def rivals_of(fields: Mapping[str, str]) -> Rivals:
             raise DataError("`chosen` and `rejected` are answers alone; name what they answer, such as `prompt`")
         prompt = conversation_of(asked)
         said = {side: [*prompt, *messages] for side, messages in said.items()}
-    chosen, rejected = (checked(messages) for messages in said.values())
+    for side, messages in said.items():
+        if checked(messages)[-1]["role"] != "assistant":
+            raise DataError(f"`{side}` ends with a message of {messages[-1]['role']}; an answer is expected")
+    chosen, rejected = said.values()
     shared = 0
-    for ours, theirs in zip(chosen, rejected, strict=False):
-        if ours != theirs:
-            break
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
-    shared = min(shared, len(chosen) - 1, len(rejected) - 1)
-    while shared and chosen[shared - 1]["role"] == "assistant":
-        shared -= 1  # both answer the same message
-    for side, messages in (("chosen", chosen), ("rejected", rejected)):
-        if not shared:
-            raise DataError("`chosen` and `rejected` begin with different messages; both must answer the same ones")
-        if messages[shared]["role"] != "assistant":
-            raise DataError(
-                f"`{side}` does not answer: after what both share comes a message of {messages[shared]['role']}"
-            )
+    while shared and chosen[shared - 1]["role"] not in ("user", "tool"):
+        shared -= 1  # what both say first is part of their answers
+    if not shared:
+        raise DataError("`chosen` and `rejected` answer different messages; both must begin with the same ones")
     return Rivals(chosen, rejected, shared)
 
 

@@ -95,9 +95,19 @@ def warnings(run: Prepared, rates: list[float]) -> list[str]:
         cut = dataset.report.get("documents_truncated", 0)
         if cut:
             found.append(f"{cut} documents of {name} are longer than text.max_tokens and are cut off")
+        found += _lost_answers(name, dataset.report)
         unknown = dataset.report.get("unknown_tokens", 0)
         if unknown:
             found.append(f"{unknown} tokens of {name} are unknown to the tokenizer")
+    return found
+
+
+def _lost_answers(name: str, report: dict[str, int]) -> list[str]:
+    """What conversations lose by being cut off, where it is answers."""
+    lost, left_out = report.get("targets_lost", 0), report.get("documents_unasked", 0)
+    found = [f"{lost} of {report['targets']} answer tokens of {name} are cut off (text.max_tokens)"] if lost else []
+    if left_out:
+        found.append(f"{left_out} documents of {name} lose every answer token and are left out; raise text.max_tokens")
     return found
 
 
