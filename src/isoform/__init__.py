@@ -254,7 +254,9 @@ def report(folder: str | Path, *, to: Literal["html", "md"] = "html") -> Path:
     return write_report(Path(folder), to)
 
 
-def export(model: str | Path, to: Literal["hf", "onnx", "gguf"], *, out: str | Path | None = None) -> dict[str, Any]:
+def export(
+    model: str | Path, to: Literal["hf", "peft", "onnx", "gguf"], *, out: str | Path | None = None
+) -> dict[str, Any]:
     """Writes a model for another program, reads it again there in a fresh process, and compares what both make of it.
 
     Returns: {path, format, model, reader, output, num_tokens, error, largest_difference, compared, notes}.

@@ -250,7 +250,7 @@ def report(
 @app.command()
 def export(
     model: Model,
-    to: Annotated[Literal["hf", "onnx", "gguf"], typer.Option("--to", help="hf, onnx or gguf")],
+    to: Annotated[Literal["hf", "peft", "onnx", "gguf"], typer.Option("--to", help="hf, peft, onnx or gguf")],
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write to; default: export/FORMAT in the run.")
     ] = None,

@@ -14,8 +14,8 @@ from torch import Tensor
 
 import isoform
 from isoform import storage
-from isoform.checkpoints import export, gguf_writer, onnx, reload
-from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints import adapters, export, gguf_writer, onnx, reload
+from isoform.checkpoints.folders import load_model, save_base, save_model
 from isoform.cli import main
 from isoform.errors import CheckpointError, ConfigError
 from isoform.layers.rope_scaling import Llama3
@@ -24,6 +24,7 @@ from isoform.models.bert import Bert, Roberta
 from isoform.models.distilbert import DistilBert
 from isoform.models.gpt2 import GPT2
 from isoform.models.llama import Llama
+from isoform.models.lora import Lora, adapter_state
 from isoform.models.modernbert import ModernBert
 from isoform.models.t5 import T5
 from isoform.text.bytelevel import SPLITS, byte_level
@@ -156,6 +157,90 @@ def test_an_onnx_graph_of_a_mixture(save: Save, tmp_path: Path) -> None:
 def test_onnx_graphs_of_other_families(model: Any, save: Save, tmp_path: Path, here: None) -> None:
     tokenizer = Char.train(Char.Config(), ["some characters"])
     assert isoform.export(save(model, tokenizer), "onnx", out=tmp_path / "out")["error"] < 1e-5
+
+
+# ----------------------------------------------------------------------------------------------------------- adapters
+
+
+@pytest.fixture
+def save_adapter(tmp_path: Path, bpe: Any) -> Save:
+    """A run's folder with an adapter in it, its base beside it."""
+
+    def make(model: Any, **options: Any) -> Path:
+        shaken(model)
+        Lora(Lora.Config(**options)).attach(model, seed=0)
+        for tensor in adapter_state(model).values():
+            tensor.copy_(tensor + 0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(2)))
+        save_base(tmp_path / "run" / "base", model, bpe)
+        save_model(tmp_path / "run" / "final", model, bpe)
+        return tmp_path / "run"
+
+    return make
+
+
+@pytest.mark.slow
+def test_an_adapter_is_read_by_peft_in_a_fresh_process(save_adapter: Save, tmp_path: Path) -> None:
+    run = save_adapter(GPT2.tiny(num_layers=1, vocab_size=ROWS), rank=2)
+    found = isoform.export(run, "peft")
+    assert found["path"] == str(run / "export" / "peft")
+    assert found["reader"] == "PeftModelForCausalLM"
+    assert found["error"] < 1e-5
+    assert set(found["compared"]) == {"ids of texts", "special ids", "chat template"}
+    assert str(run / "base") in found["notes"][0]
+    names = {path.name for path in Path(found["path"]).iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert "model.safetensors" not in names
+    again = load_model(Path(found["path"]))
+    assert again.info["base"] == str(run / "base")
+
+
+@pytest.mark.parametrize("to", ["hf", "gguf", "onnx"])
+def test_an_adapter_is_merged_for_programs_that_read_whole_models(
+    to: Any, save_adapter: Save, tmp_path: Path, here: None
+) -> None:
+    run = save_adapter(Llama.tiny(num_layers=1, vocab_size=ROWS), rank=2)
+    found = isoform.export(run, to, out=tmp_path / "out")
+    assert found["error"] < 1e-4
+    assert any("merged with its base" in note for note in found["notes"])
+    assert "chat template" in found["compared"] or to == "onnx"
+    if to != "onnx":
+        again = load_model(tmp_path / "out" / ("model.gguf" if to == "gguf" else ""))
+        ids = torch.tensor([[3, 1, 4, 1, 5]])
+        torch.testing.assert_close(again.model.dense(ids), load_model(run).model.dense(ids), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft's own
+@pytest.mark.parametrize("to", ["peft", "hf"])
+def test_a_classifier_that_was_trained_by_an_adapter_keeps_its_labels(
+    to: Any, save_adapter: Save, tmp_path: Path, here: None
+) -> None:
+    wanted = heads.Classifier(labels=("cold", "warm"), pooling="last")
+    run = save_adapter(heads.attach(GPT2.tiny(vocab_size=ROWS), wanted, seed=0), rank=2)
+    found = isoform.export(run, to, out=tmp_path / "out")
+    assert found["error"] < 1e-4
+    assert found["output"] == "class scores"
+    assert "label names" in found["compared"]
+
+
+def test_adapters_and_bases_that_peft_cannot_read_are_refused(save: Save, save_adapter: Save, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no adapter, but a whole model; --to hf writes that"):
+        isoform.export(save(GPT2.tiny(vocab_size=ROWS)), "peft", out=tmp_path / "out")
+    run = save_adapter(GPT2.tiny(vocab_size=ROWS, position={"kind": "alibi"}))
+    with pytest.raises(CheckpointError, match=r"no PEFT form: its base has none in transformers: .* position alibi"):
+        isoform.export(run, "peft", out=tmp_path / "out")
+
+
+def test_an_adapter_that_was_left_out_is_seen(
+    save_adapter: Save, tmp_path: Path, here: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_adapter(GPT2.tiny(num_layers=1, vocab_size=ROWS), rank=2)
+
+    def unadapted(model: Any) -> Any:
+        return adapters.Merged(load_model(run / "base").model, 0.0, 0.0)
+
+    monkeypatch.setattr(adapters, "merge", unadapted)
+    with pytest.raises(CheckpointError, match="not exported: logits of GPT2LMHeadModel differ by up to"):
+        isoform.export(run, "hf", out=tmp_path / "out")
 
 
 # --------------------------------------------------------------------------------------------------------------- ONNX
@@ -412,7 +497,7 @@ def test_what_is_not_installed_is_named(save: Save, tmp_path: Path, monkeypatch:
 
 def test_a_folder_of_something_else_is_not_replaced(save: Save, tmp_path: Path, here: None) -> None:
     folder = save(GPT2.tiny(num_layers=1, vocab_size=ROWS))
-    with pytest.raises(ConfigError, match="--to: 'tflite' given, hf, onnx, gguf is expected"):
+    with pytest.raises(ConfigError, match="--to: 'tflite' given, hf, peft, onnx, gguf is expected"):
         isoform.export(folder, "tflite")  # type: ignore[arg-type]
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="is there and is no earlier export"):

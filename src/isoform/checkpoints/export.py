@@ -1,12 +1,14 @@
 """Models for other programs: written, read again by the other program in a fresh process, compared, or refused.
 
     hf     a Hugging Face folder                         read by transformers
+    peft   an adapter alone, its base elsewhere          read by peft on what transformers makes of the base
     onnx   model.onnx with the config and tokenizer      read by onnxruntime
     gguf   model.gguf, one file with everything in it    read by transformers' GGUF loader
 
-The same ids go through both: sequences of unlike length, padded there, end to end here. Compared are logits (hidden
-states where there is no head) at real tokens, the ids of texts, special ids, and what else the format carries. An
-export that does not agree leaves nothing behind. What was found stands in export.json beside it.
+An adapter is merged into its base for the others; what they read is compared with base and adapter. The same ids go
+through both: sequences of unlike length, padded there, end to end here. Compared are logits (hidden states where there
+is no head) at real tokens, the ids of texts, special ids, and what else the format carries. An export that does not
+agree leaves nothing behind. What was found stands in export.json beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from isoform import storage
-from isoform.checkpoints import folders, gguf_writer, manifest, onnx, parity, reload, sources
+from isoform.checkpoints import adapters, folders, gguf_writer, manifest, onnx, parity, reload, sources
 from isoform.checkpoints.folders import LoadedModel
 from isoform.contracts import Batch, Sequences
 from isoform.errors import CheckpointError, ConfigError
@@ -35,6 +37,7 @@ from isoform.layers import ragged
 
 FORMATS = {
     "hf": ("transformers",),
+    "peft": ("peft", "transformers"),
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "gguf": ("gguf", "transformers"),
 }
@@ -94,10 +97,8 @@ def export_model(path: str | Path, to: str, out: Path | None = None) -> Exported
     if target.exists() and not (target / RECORD).is_file():
         raise ConfigError(f"--out: {target} is there and is no earlier export; name another folder, or remove it")
     loaded = folders.load_model(path)
-    if loaded.info.get("base") is not None:
-        raise CheckpointError(
-            f"{path}: an adapter on {loaded.info['base']}; other programs read a whole model: merge it into its base"
-        )
+    if to == "peft" and "base" not in loaded.info:
+        raise CheckpointError(f"{path}: no adapter, but a whole model; --to hf writes that")
     with storage.staged_folder(target) as staged:
         written = _write(staged, loaded, to)
         found = _verify(staged, loaded, to, written)
@@ -120,6 +121,34 @@ def _target(path: str | Path, to: str) -> Path:
 
 
 def _write(staged: Path, loaded: LoadedModel, to: str) -> Written:
+    if to == "peft":
+        return _write_adapter(staged, loaded)
+    if "base" in loaded.info:
+        written = _write_whole(staged, _merged(loaded), to)
+        return replace(written, notes=(*written.notes, f"merged with its base {loaded.info['base']}, in float32"))
+    return _write_whole(staged, loaded, to)
+
+
+def _write_adapter(staged: Path, loaded: LoadedModel) -> Written:
+    form = folders.disk_form(loaded.model, loaded.tokenizer)
+    if form.native_because is not None:
+        raise CheckpointError(
+            f"{loaded.info['path']}: no PEFT form: its base has none in transformers: {form.native_because}"
+        )
+    base = loaded.info["base"]
+    if not Path(base).is_dir():
+        raise CheckpointError(f"{loaded.info['path']}: no PEFT form: its base {base} is no Hugging Face folder")
+    folders.write_files(staged, loaded.model, loaded.tokenizer, form)
+    return Written(_last_token(loaded), (f"the base stands in {base} (base_model_name_or_path); take it along",))
+
+
+def _merged(loaded: LoadedModel) -> LoadedModel:
+    """The adapted model as a whole one. Raises: CheckpointError where merging changes its outputs."""
+    info = {name: value for name, value in loaded.info.items() if name != "base"}
+    return replace(loaded, model=adapters.merge(loaded.model).model, info={**info, "merged": True})
+
+
+def _write_whole(staged: Path, loaded: LoadedModel, to: str) -> Written:
     size = sum(parameter.numel() for parameter in loaded.model.parameters())
     storage.require_free(staged, 4 * size + 10_000_000)
     if to == "gguf":
@@ -132,10 +161,8 @@ def _write(staged: Path, loaded: LoadedModel, to: str) -> Written:
         if reason is not None:
             raise CheckpointError(f"{loaded.info['path']}: no Hugging Face form: {reason}; isoform.load reads it")
         _companions(staged, loaded, weights=True)
-        if onnx.output_of(loaded.model) == "class scores" and loaded.info["hf_config"].get("pad_token_id") is None:
-            # Their classifiers of decoders find the last token by it.
-            return Written({"pad_token_id": 0}, ("transformers needs a pad_token_id for more than one text at once",))
-        return Written({}, ())
+        padding = _last_token(loaded)
+        return Written(padding, ("transformers needs a pad_token_id for more than one text at once",) * len(padding))
     _companions(staged, loaded, weights=False)
     onnx.write_onnx(staged, loaded.model)
     names = ", ".join(onnx.input_names(loaded.model))
@@ -143,12 +170,20 @@ def _write(staged: Path, loaded: LoadedModel, to: str) -> Written:
     return Written({}, (f"inputs {names}; weights are float32" + ("; no cache" if cached else ""),))
 
 
+def _last_token(loaded: LoadedModel) -> dict[str, Any]:
+    """The padding that classifiers of decoders in transformers find the last token by, where config.json has none."""
+    alone = onnx.output_of(loaded.model) == "class scores" and loaded.info["hf_config"].get("pad_token_id") is None
+    return {"pad_token_id": 0} if alone else {}
+
+
 def _companions(staged: Path, loaded: LoadedModel, *, weights: bool) -> None:
     """Config with its label names, tokenizer, chat template, generation config and the like; and weights on request."""
     place = Path(str(loaded.info["path"]))
-    if place.is_file():
+    if place.is_file() or "merged" in loaded.info:
         form = folders.disk_form(loaded.model, loaded.tokenizer)
         folders.write_files(staged, loaded.model, loaded.tokenizer, form)
+        if "generation" in loaded.info:
+            storage.write_json(staged / "generation_config.json", loaded.info["generation"])
         if not weights:
             for path in staged.glob(f"*{WEIGHTS}*"):
                 storage.remove(path)
@@ -211,7 +246,7 @@ def _carried(loaded: LoadedModel, to: str, reply: dict[str, Any]) -> tuple[str, 
         if tokenizer.chat_template is not None and "chat_template" in reply:
             expected["chat template"] = tokenizer.chat_template, reply["chat_template"]
     labels = loaded.info["hf_config"].get("id2label")
-    if labels and to == "hf":
+    if labels and to in ("hf", "peft"):
         expected["label names"] = labels, {str(index): name for index, name in reply["id2label"].items()}
     given = loaded.info.get("generation")
     if given and to == "hf" and reply.get("generation"):

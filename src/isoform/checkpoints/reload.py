@@ -1,6 +1,6 @@
 """What another program makes of an export: `python -m isoform.checkpoints.reload FOLDER`, in a process of its own.
 
-It reads FOLDER/request.json and what that names, by transformers or onnxruntime alone, no weight of ours in memory.
+It reads FOLDER/request.json and what that names, by transformers, peft or onnxruntime, no weight of ours in memory.
 FOLDER/reply.safetensors gets an array for each call, FOLDER/reply.json the rest.
 
 request: format; place, a folder; settings, fields of config.json that the loader must be told; calls, each a table
@@ -40,12 +40,17 @@ def _transformers(place: Path, request: dict[str, Any]) -> tuple[list[Any], dict
     where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     if request["format"] == "gguf":
         where["gguf_file"] = GGUF_FILE
-    config = transformers.AutoConfig.from_pretrained(place, **where)
+    whole = _base(place) if request["format"] == "peft" else place
+    config = transformers.AutoConfig.from_pretrained(whole, **where)
     if request["settings"]:
         config = transformers.AutoConfig.for_model(**{**config.to_dict(), **request["settings"]})
     fallback = transformers.AutoModelForCausalLM if request["format"] == "gguf" else transformers.AutoModel
     cls = getattr(transformers, str(next(iter(config.architectures or []), None)), fallback)
-    model = cls.from_pretrained(place, config=config, dtype=torch.float32, use_safetensors=True, **where).eval()
+    model = cls.from_pretrained(whole, config=config, dtype=torch.float32, use_safetensors=True, **where).eval()
+    if request["format"] == "peft":
+        import peft
+
+        model = peft.PeftModel.from_pretrained(model, place).eval()
     arrays = []
     for call in request["calls"]:
         with torch.no_grad():
@@ -62,6 +67,12 @@ def _transformers(place: Path, request: dict[str, Any]) -> tuple[list[Any], dict
         reply["special"] = {role: getattr(tokenizer, f"{role}_token_id") for role in roles}
         reply["chat_template"] = tokenizer.chat_template
     return arrays, reply
+
+
+def _base(adapter: Path) -> Path:
+    """Where the adapter's own config says that its base stands."""
+    settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    return Path(settings["base_model_name_or_path"])
 
 
 def _onnx(place: Path, request: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
