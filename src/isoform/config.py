@@ -212,6 +212,8 @@ class EvaluateConfig(Section):
     confidence: float = Field(0.95, gt=0, lt=1)
     max_predictions: Positive | None = None
     # rows kept in predictions.jsonl for each split; null: all
+    train_examples: Positive | None = None
+    # training documents, evenly spaced, that are scored too at every evaluation on the way; null: none
 
 
 TrainConfig.model_rebuild()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn import metrics as oracle
 
-from isoform.evaluation.metrics import build_metrics, columns_of, result_row
+from isoform.evaluation.metrics import StreamingMetrics, build_metrics, columns_of
 from isoform.objectives.classify import METRICS
 
 AVERAGED = ("precision", "recall", "f1")
@@ -21,6 +21,12 @@ def columns(gold: np.ndarray, said: np.ndarray, num_labels: int) -> dict[str, np
     for at in range(num_labels):
         table |= {f"gold.{at}": gold[:, at], f"predicted.{at}": said[:, at], f"hits.{at}": gold[:, at] * said[:, at]}
     return table
+
+
+def result_row(metric, split, stats):
+    stream = StreamingMetrics([metric])
+    stream.add(stats)
+    return stream.rows(split)[0]
 
 
 def value(name: str, table: dict[str, np.ndarray]) -> float:

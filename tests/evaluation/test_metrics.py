@@ -14,7 +14,7 @@ from sklearn.metrics import accuracy_score
 from statsmodels.stats.proportion import proportion_confint
 
 from isoform.errors import ConfigError
-from isoform.evaluation.metrics import StreamingMetrics, build_metrics, interval, metric_value, result_row, wilson
+from isoform.evaluation.metrics import StreamingMetrics, build_metrics, metric_value, wilson
 
 NAMES = ["loss", "perplexity", "bits_per_byte", "token_accuracy", "exact_match"]
 
@@ -30,6 +30,18 @@ def examples(n: int, seed: int = 0) -> dict[str, np.ndarray]:
         "correct": rng.integers(0, 2, size=n).astype(float),
         "examples": np.ones(n),
     }
+
+
+def result_row(metric, split, stats):
+    stream = StreamingMetrics([metric])
+    stream.add(stats)
+    return stream.rows(split)[0]
+
+
+def interval(metric, stats, confidence):
+    stream = StreamingMetrics([metric])
+    stream.add(stats)
+    return stream.interval(metric, confidence)
 
 
 def test_values_are_the_formulas() -> None:
@@ -64,6 +76,8 @@ def test_streaming_in_any_pieces_and_merging_is_the_same(cuts) -> None:
     assert left.num_examples == whole.num_examples == 40
     for name, value in whole.values().items():
         assert left.values()[name] == pytest.approx(value, rel=1e-12)
+    for row, expected in zip(left.rows("dev"), whole.rows("dev"), strict=True):
+        assert [row["low"], row["high"], row["n"]] == pytest.approx([expected["low"], expected["high"], 40], rel=1e-9)
 
 
 def test_value_works_on_bootstrap_replicates() -> None:

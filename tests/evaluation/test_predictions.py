@@ -3,14 +3,16 @@ from __future__ import annotations
 import pytest
 
 from isoform.errors import DataError
-from isoform.evaluation.predictions import read_predictions, write_predictions
+from isoform.evaluation.predictions import read_predictions, writing
 
 ROW = {"id": "a", "split": "dev", "input": "q", "gold": "x", "prediction": "y", "stats": {"correct": 0.0, "nats": 1.5}}
 
 
 def test_round_trip_and_choice_of_split(tmp_path) -> None:
     rows = [ROW, {**ROW, "id": "b", "split": "test", "gold": 'é\n,"'}]
-    write_predictions(tmp_path / "predictions.jsonl", rows)
+    with writing(tmp_path / "predictions.jsonl") as write:
+        for row in rows:
+            write(row)
     assert read_predictions(tmp_path / "predictions.jsonl") == rows == read_predictions(tmp_path)
     assert read_predictions(tmp_path, "test") == rows[1:]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sacrebleu.metrics import BLEU, CHRF
 
 from isoform.errors import ConfigError
-from isoform.evaluation.metrics import Judge, build_metrics, result_row
+from isoform.evaluation.metrics import Judge, StreamingMetrics, build_metrics
 
 WORDS = ["ein", "Mann", "geht", "im", "Park", ",", "die", "Frau", "läuft", "2.5", "ä"]
 texts = st.lists(st.sampled_from(WORDS), max_size=9).map(" ".join)
@@ -44,7 +44,9 @@ def test_many_sums_at_once_and_an_interval(name: str) -> None:
     each = metric.value(without_one)
     assert each.shape == (40,)
     assert each[3] == pytest.approx(metric.value({column: values[3] for column, values in without_one.items()}))
-    row = result_row(metric, "test", stats)
+    stream = StreamingMetrics([metric])
+    stream.add(stats)
+    (row,) = stream.rows("test")
     assert 0 < row["low"] < row["value"] < row["high"] < 100
 
 

@@ -88,13 +88,16 @@ class _Way:
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """What is measured. wanted: columns; tells: judged without being generated; shows: rows say more than numbers."""
+    """What is measured. wanted: columns; tells: judged without being generated; talks: it is noted how answers end;
+    shows: rows say more than numbers.
+    """
 
     split: str
     judges: Sequence[Judge]
     wanted: set[str]
     answer_columns: set[str]
     tells: bool
+    talks: bool
     shows: bool
     watch: Watch | None
 
@@ -156,12 +159,15 @@ def _asked(
     judges = [metric for metric in metrics if isinstance(metric, Judge)]
     answer_columns = {column for judge in judges for column in judge.columns}
     greedy = beams is None or beams.num_beams == 1
+    wanted = {column for metric in metrics for column in metric.columns}
+    talks = bool(wanted & GENERATED_COLUMNS)
     return _Asked(
         split=split,
         judges=judges,
-        wanted={column for metric in metrics for column in metric.columns},
+        wanted=wanted,
         answer_columns=answer_columns,
-        tells=keep_predictions == 0 and greedy and bool(judges) and answer_columns <= TOLD_COLUMNS,
+        tells=keep_predictions == 0 and greedy and bool(judges) and answer_columns <= TOLD_COLUMNS and not talks,
+        talks=talks,
         shows=keep_predictions != 0 or watch is not None,
         watch=watch,
     )
@@ -173,22 +179,25 @@ def _scored(
     """Index -> row of predictions.jsonl, of one pool."""
     rows: dict[int, dict[str, Any]] = {index: _empty_row(dataset[index], asked.split) for index in indices}
     judged: set[int] = set()
+    seen: dict[int, Mapping[str, float]] = {}
     # What an objective that does not generate says of each example.
     shown: Callable[[Encoded, Mapping[str, float]], dict[str, Any]] | None = getattr(objective, "shown", None)
     if asked.wanted & PSEUDO_COLUMNS:
         for index, stats in _one_by_one(way, objective, dataset, indices):
             rows[index]["stats"].update(stats)
-    if asked.wanted - asked.answer_columns - PSEUDO_COLUMNS or asked.tells:
+    if asked.wanted - asked.answer_columns - PSEUDO_COLUMNS - GENERATED_COLUMNS or asked.tells:
         for index, stats in _likelihoods(way, objective, dataset, indices):
             if asked.tells and _is_told(objective, dataset[index], way.max_new_tokens):
                 stats |= {"correct": float(stats["correct_tokens"] == stats["tokens"]), "examples": 1.0}
                 judged.add(index)
             if shown is not None and asked.shows:
                 rows[index].update(shown(dataset[index], stats))
-            if asked.watch is not None:
-                asked.watch.add(rows[index], stats)
             rows[index]["stats"].update({name: value for name, value in stats.items() if _reads(asked.wanted, name)})
-    if asked.judges:
+            seen[index] = stats
+    if asked.watch is not None:
+        for index in sorted(seen):  # like lengths are scored together; what is shown should not hang on that
+            asked.watch.add(rows[index], seen[index])
+    if asked.judges or asked.talks:
         _answers(way, objective, dataset, {index: rows[index] for index in indices if index not in judged}, asked)
     return rows
 
@@ -284,37 +293,26 @@ def token_batches(pool: Sequence[tuple[int, Sample]], batch_tokens: int) -> Iter
 
 
 def _answers(
-    way: _Way,
-    objective: Objective,
-    dataset: Examples,
-    rows: Mapping[int, dict[str, Any]],
-    judges: Sequence[Judge],
-    talks: bool,
+    way: _Way, objective: Objective, dataset: Examples, rows: Mapping[int, dict[str, Any]], asked: _Asked
 ) -> None:
-    """Generates the answer to every question, and writes what was asked, expected and said into the rows.
-
-    talks: whether it is noted how the answers ended.
-    """
-    indices = list(rows)
-    for first in range(0, len(indices), POOL_SAMPLES):
-        some = indices[first : first + POOL_SAMPLES]
-        prompts = [_question(objective, dataset[index]) for index in some]
-        generations = generate(
-            way.model,
-            prompts,
-            beams=way.beams,
-            max_new_tokens=way.max_new_tokens,
-            batch_tokens=way.batch_tokens,
-            device=way.device,
-            autocast=way.autocast,
-        )
-        for index, prompt, generation in zip(some, prompts, generations, strict=True):
-            said = objective.tokenizer.decode(generation.tokens)
-            rows[index].update(input=prompt.text, gold=prompt.gold, prediction=said)
-            if talks:
-                rows[index]["stats"].update(ended=float(generation.stopped), examples=1.0)
-            for judge in judges:
-                rows[index]["stats"].update(judge.judge(said, prompt.gold or ""))
+    """Generates the answer to every question, and writes what was asked, expected and said into the rows."""
+    prompts = [_question(objective, dataset[index]) for index in rows]
+    generations = generate(
+        way.model,
+        prompts,
+        beams=way.beams,
+        max_new_tokens=way.max_new_tokens,
+        batch_tokens=way.batch_tokens,
+        device=way.device,
+        autocast=way.autocast,
+    )
+    for row, prompt, generation in zip(rows.values(), prompts, generations, strict=True):
+        said = objective.tokenizer.decode(generation.tokens)
+        row.update(input=prompt.text, gold=prompt.gold, prediction=said)
+        if asked.talks:
+            row["stats"].update(ended=float(generation.stopped), examples=1.0)
+        for judge in asked.judges:
+            row["stats"].update(judge.judge(said, prompt.gold or ""))
 
 
 def _is_told(objective: Objective, encoded: Encoded, max_new_tokens: int | None) -> bool:

@@ -151,28 +151,110 @@ def columns_of(metric: Any, available: Iterable[str]) -> tuple[str, ...]:
 
 
 class StreamingMetrics:
-    """Sums of the statistics of however many examples, in float64; two halves may be added together."""
+    """Metrics of however many examples, with intervals, from sums that do not grow; two halves may be added together.
+
+    Kept of the examples' columns x `(k,)`: the sums of x and of the products x x^T `(k, k)`, in float64.
+    """
 
     def __init__(self, metrics: Iterable[Metric]) -> None:
         self.metrics = list(metrics)
-        self.sums: dict[str, float] = {}
+        self.names: tuple[str, ...] = ()
         self.num_examples = 0
+        self._sums = np.zeros(0)
+        self._products = np.zeros((0, 0))
+        self._binary = np.zeros(0, dtype=bool)
+        # columns that were never anything but 0 and 1
+
+    @property
+    def sums(self) -> dict[str, float]:
+        return dict(zip(self.names, self._sums.tolist(), strict=True))
 
     def add(self, stats: Mapping[str, Any]) -> None:
-        """Adds examples: each column `(b,)`, or one number for one example."""
-        for column, values in stats.items():
-            self.sums[column] = self.sums.get(column, 0.0) + float(np.sum(values, dtype=np.float64))
-        self.num_examples += int(np.size(next(iter(stats.values())))) if stats else 0
+        """Adds examples: each column `(b,)`, or one number for one example.
+
+        The first examples say which columns there are; one that others lack is no number from there on.
+        """
+        columns = {name: np.atleast_1d(np.asarray(values, dtype=np.float64)) for name, values in stats.items()}
+        if not columns:
+            return
+        number = len(next(iter(columns.values())))
+        if not self.names:
+            self._start(tuple(columns))
+        absent = np.full(number, np.nan)
+        table = np.stack([columns.get(name, absent) for name in self.names])  # (k, b)
+        self._sums = np.array([math.fsum(values) for values in np.column_stack([self._sums, table])])
+        with np.errstate(invalid="ignore"):
+            self._products = self._products + table @ table.T
+        self._binary = self._binary & np.isin(table, (0.0, 1.0)).all(axis=1)
+        self.num_examples += number
 
     def merge(self, other: StreamingMetrics) -> None:
-        """Adds what another rank has seen."""
-        for column, total in other.sums.items():
-            self.sums[column] = self.sums.get(column, 0.0) + total
+        """Adds what another rank has seen, of the same columns."""
+        if not self.names:
+            self._start(other.names)
+        places = [other.names.index(name) for name in self.names] if other.names else []
+        if places:
+            self._sums = self._sums + other._sums[places]
+            self._products = self._products + other._products[np.ix_(places, places)]
+            self._binary = self._binary & other._binary[places]
         self.num_examples += other.num_examples
+
+    def _start(self, names: tuple[str, ...]) -> None:
+        self.names = names
+        self._sums, self._products = np.zeros(len(names)), np.zeros((len(names), len(names)))
+        self._binary = np.ones(len(names), dtype=bool)
 
     def values(self) -> dict[str, float | None]:
         """Metric name -> value; None where there is nothing to measure or the result is not a number."""
         return {metric.name: metric_value(metric, self.sums) for metric in self.metrics}
+
+    def rows(self, split: str, confidence: float = 0.95) -> list[dict[str, Any]]:
+        """A row of eval.json for each metric.
+
+        `n` counts the examples; `low` and `high` bound the value over examples drawn like these, the model being fixed.
+        """
+        rows = []
+        for metric in self.metrics:
+            value = metric_value(metric, self.sums)
+            low, high = (None, None) if value is None else self.interval(metric, confidence)
+            n = self.num_examples if set(columns_of(metric, self.names)) & set(self.names) else 0
+            rows.append({"metric": metric.name, "split": split, "value": value, "n": n, "low": low, "high": high})
+        return rows
+
+    def interval(self, metric: Metric, confidence: float) -> tuple[float | None, float | None]:
+        """Bounds over examples: Wilson for shares of examples, Student's t on the linearised metric otherwise.
+
+        Linearised: value ~ constant + sum over examples of g . x, g `(k,)` the metric's gradient at the sums; its
+        variance is n times the variance of g . x. Perplexity is bounded on the scale of its logarithm. (None, None)
+        where one example or fewer was seen.
+
+        Source: Wilson 1927; the delta method for ratios, Cochran 1977, section 6.
+        """
+        from scipy import special
+
+        names, n = columns_of(metric, self.names), self.num_examples
+        places = [self.names.index(name) for name in names]
+        sums, products = self._sums[places], self._products[np.ix_(places, places)]
+        if n < 2 or not np.isfinite(sums).all():
+            return None, None
+        tail = 0.5 + confidence / 2
+        if metric.mean_column is not None and self._binary[self.names.index(metric.mean_column)]:
+            return wilson(self.sums[metric.mean_column], n, float(special.ndtri(tail)))
+        log_scale = metric.unit == "perplexity"
+
+        def at(point: Floats) -> float:
+            value = float(metric.value(dict(zip(names, point, strict=True))))
+            return math.log(value) if log_scale else value
+
+        gradient = np.array([_slope(at, sums, index) for index in range(len(sums))])
+        variance = max(0.0, float(gradient @ products @ gradient - (gradient @ sums) ** 2 / n)) / (n - 1)
+        error = math.sqrt(n * variance) * float(special.stdtrit(n - 1, tail))
+        low, high = at(sums) - error, at(sums) + error
+        if log_scale:
+            low, high = math.exp(low), math.exp(min(high, 700.0))
+        # Where a label is never said the slope of a correlation is steep beyond sense: then nothing is known.
+        lowest, highest = getattr(metric, "limits", (0.0, 1.0) if metric.unit == "fraction" else (-math.inf, math.inf))
+        return max(lowest, low), min(highest, high)
 
 
 def metric_value(metric: Metric, sums: Mapping[str, float]) -> float | None:
@@ -181,54 +263,6 @@ def metric_value(metric: Metric, sums: Mapping[str, float]) -> float | None:
         return None
     value = float(metric.value(sums))
     return value if math.isfinite(value) else None
-
-
-def result_row(metric: Metric, split: str, stats: Mapping[str, Floats], confidence: float = 0.95) -> dict[str, Any]:
-    """One row of eval.json from the statistics of all examples, each column `(n,)`.
-
-    `n` counts the examples; `low` and `high` bound the value over examples drawn like these, the model being fixed.
-    """
-    columns = {column: stats[column] for column in columns_of(metric, stats) if column in stats}
-    value = metric_value(metric, {column: math.fsum(values) for column, values in columns.items()})
-    low, high = (None, None) if value is None else interval(metric, columns, confidence)
-    n = len(next(iter(columns.values()))) if columns else 0
-    return {"metric": metric.name, "split": split, "value": value, "n": n, "low": low, "high": high}
-
-
-def interval(metric: Metric, stats: Mapping[str, Floats], confidence: float) -> tuple[float | None, float | None]:
-    """Bounds over examples: Wilson for shares of examples, Student's t on the linearised metric otherwise.
-
-    Linearised: value ~ constant + sum over examples of g . x, g `(columns,)` the metric's gradient at the sums and x an
-    example's statistics; its variance is n times the variance of g . x. Perplexity is bounded on the scale of its
-    logarithm. (None, None) where one example or fewer was seen.
-
-    Source: Wilson 1927; the delta method for ratios, Cochran 1977, section 6.
-    """
-    from scipy import special
-
-    names = columns_of(metric, stats)
-    columns = np.stack([np.asarray(stats[column], dtype=np.float64) for column in names])
-    n = columns.shape[1]
-    if n < 2 or not np.isfinite(columns).all():
-        return None, None
-    tail = 0.5 + confidence / 2
-    if metric.mean_column is not None and np.isin(stats[metric.mean_column], (0.0, 1.0)).all():
-        return wilson(float(np.sum(stats[metric.mean_column])), n, float(special.ndtri(tail)))
-    sums = columns.sum(1)
-    log_scale = metric.unit == "perplexity"
-
-    def at(point: Floats) -> float:
-        value = float(metric.value(dict(zip(names, point, strict=True))))
-        return math.log(value) if log_scale else value
-
-    gradient = np.array([_slope(at, sums, index) for index in range(len(sums))])
-    error = math.sqrt(n * np.var(gradient @ columns, ddof=1)) * float(special.stdtrit(n - 1, tail))
-    low, high = at(sums) - error, at(sums) + error
-    if log_scale:
-        low, high = math.exp(low), math.exp(min(high, 700.0))
-    # Where a label is never said the slope of a correlation is steep beyond sense: then nothing is known.
-    lowest, highest = getattr(metric, "limits", (0.0, 1.0) if metric.unit == "fraction" else (-math.inf, math.inf))
-    return max(lowest, low), min(highest, high)
 
 
 def _slope(function: Any, point: Floats, index: int) -> float:

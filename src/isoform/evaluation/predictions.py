@@ -9,21 +9,28 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from isoform.errors import DataError
 from isoform.registry import nearest
-from isoform.storage import iterate_jsonl, json_line, write_text
+from isoform.storage import iterate_jsonl, json_line, staged_file
 
 COLUMNS = ("id", "split", "input", "gold", "prediction", "correct", "label")
 TRUE, FALSE = frozenset({"1", "1.0", "true", "yes"}), frozenset({"0", "0.0", "false", "no"})
 
 
-def write_predictions(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Writes predictions.jsonl, whole or not at all."""
-    write_text(path, "".join(json_line(dict(row)) for row in rows))
+@contextmanager
+def writing(path: Path) -> Iterator[Callable[[Mapping[str, Any]], None]]:
+    """Gives what writes a row of predictions.jsonl; the file is there, whole, when the block ends without an error."""
+    with staged_file(path) as file:
+
+        def write(row: Mapping[str, Any]) -> None:
+            file.write(json_line(dict(row)))
+
+        yield write
 
 
 def read_predictions(path: Path, split: str | None = None) -> list[dict[str, Any]]:

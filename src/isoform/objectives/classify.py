@@ -267,6 +267,11 @@ class Classify:
         gaps = _gaps(shares.max(dim=1).values, correct) if single else {}
         return {**shared, "correct": correct, **columns, **gaps}
 
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The labels of which each text has exactly one; none where a text has several, or a number."""
+        return self.labels if self.config.task == "single-label" else ()
+
     def probabilities(self, scores: Tensor) -> Tensor:
         """Of each label: `(b, c)` -> `(b, c)`; of a regression nothing."""
         if self.config.task == "single-label":

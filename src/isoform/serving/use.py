@@ -147,6 +147,7 @@ def score(
         confidence=settings.confidence,
         device=opened.device,
         autocast=opened.autocast,
+        keep=lambda row: None,
     )
     if data is None and name == "test":
         _enter_test_score(opened.path)

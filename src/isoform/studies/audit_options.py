@@ -40,6 +40,7 @@ BOOKKEEPING = {
     "evaluate.batch_tokens",
     "evaluate.confidence",
     "evaluate.max_predictions",
+    "evaluate.train_examples",
 }
 # What acts after or between updates, where no probe step sees it, is taken at its word: how checkpoints are selected,
 # and the rest of `evaluate`.

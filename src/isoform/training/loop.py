@@ -242,9 +242,12 @@ class Loop:
         began = time.monotonic()
         evaluation = self.evaluate(self.run.model, select.split)
         self.module.train()
-        self.log.evaluation(self.state.step, self.state.tokens, time.monotonic() - began, evaluation.rows)
+        seconds = time.monotonic() - began
+        self.log.evaluation(self.state.step, self.state.tokens, seconds, [*evaluation.rows, *beside])
         values = {row["metric"]: row["value"] for row in evaluation.rows}
         self.progress.evaluation(self.state.step, select.split, values)
+        asks_train = self.run.config.evaluate.train_examples is not None
+        beside = self.evaluate(self.run.model, "train").rows if asks_train else []
         improved = self._keep_best(BEST_LOSS, "loss", values.get("loss"))
         if select.metric != "last":
             better = self._keep_best(BEST_METRIC, select.metric, values.get(select.metric))

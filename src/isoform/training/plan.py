@@ -161,13 +161,19 @@ def _num_evaluations(run: Prepared) -> int:
 def _seconds_per_evaluation(run: Prepared) -> float:
     """Seconds of all evaluations: those on the way, and every split once at the end for each kept checkpoint."""
     select = run.config.train.select
-    each = {name: _seconds_to_score_one(run, name) for name in run.datasets if name != "train"}
+    train_examples = run.config.evaluate.train_examples
+    each = {name: _seconds_to_score_one(run, name) for name in run.datasets if name != "train" or train_examples}
 
     def seconds(name: str, most: int | None) -> float:
         return each[name] * len(Thinned(run.datasets[name], most)) if name in each else 0.0
 
-    on_the_way = _num_evaluations(run) * seconds(select.split, select.max_examples)
-    at_the_end = sum(seconds(name, run.config.evaluate.max_examples) for name in run.config.evaluate.splits or each)
+    looked_at = seconds(select.split, select.max_examples) + seconds("train", train_examples)
+    on_the_way = _num_evaluations(run) * looked_at
+    at_the_end = sum(
+        seconds(name, run.config.evaluate.max_examples)
+        for name in run.config.evaluate.splits or each
+        if name != "train"
+    )
     return on_the_way + at_the_end * (2 if _num_evaluations(run) > 1 else 1)
 
 

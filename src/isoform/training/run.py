@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,8 +23,9 @@ from isoform.checkpoints.folders import load_model, save_base, save_model, weigh
 from isoform.checkpoints.state import latest_state
 from isoform.config import RunConfig
 from isoform.errors import CheckpointError, ConfigError, DataError
-from isoform.evaluation.evaluate import Evaluation, Thinned, evaluate
-from isoform.evaluation.predictions import write_predictions
+from isoform.evaluation.breakdown import Breakdown, Temperature
+from isoform.evaluation.evaluate import Evaluation, Thinned, Watch, evaluate
+from isoform.evaluation.predictions import writing
 from isoform.models.accounting import accounts
 from isoform.registry import Reads, recording
 from isoform.storage import (
@@ -56,6 +58,7 @@ FREE = {
     "evaluate.max_predictions",
 }
 
+    "evaluate.train_examples",
 
 @dataclass
 class RunResult:
@@ -275,10 +278,18 @@ def _progress(config: RunConfig, run: Prepared, start: int, quiet: bool) -> Prog
 # ---------------------------------------------------------------------------------- after the last step
 
 
-def _score(run: Prepared, model: Any, split: str, *, keep_predictions: bool = False) -> Evaluation:
-    """The metrics of one split with fixed draws, in the run's precision."""
+def _score(
+    run: Prepared,
+    model: Any,
+    split: str,
+    *,
+    keep: Callable[[dict[str, Any]], None] | None = None,
+    watch: Watch | None = None,
+) -> Evaluation:
+    """The metrics of one split with fixed draws, in the run's precision; keep: where rows of predictions go, if any."""
     settings = run.config.evaluate
-    most = settings.max_examples if keep_predictions else run.config.train.select.max_examples
+    on_the_way = settings.train_examples if split == "train" else run.config.train.select.max_examples
+    most = on_the_way if keep is None and watch is None else settings.max_examples
     return evaluate(
         model,
         run.objective,
@@ -291,7 +302,9 @@ def _score(run: Prepared, model: Any, split: str, *, keep_predictions: bool = Fa
         confidence=settings.confidence,
         device=run.device,
         autocast=lambda: autocast(run.precision, run.device),
-        keep_predictions=settings.max_predictions if keep_predictions else 0,
+        keep_predictions=0 if keep is None else settings.max_predictions,
+        keep=keep,
+        watch=watch,
     )
 
 
@@ -329,18 +342,39 @@ def _score_all(
     run: Prepared, model: Any, splits: list[str], target: Path, manifest: dict[str, Any]
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
-    predictions: list[dict[str, Any]] = []
     for split in splits:
         if split not in run.datasets:
             raise ConfigError(f"evaluate.splits: no split {split!r}; there are {', '.join(run.datasets)}")
-        evaluation = _score(run, model, split, keep_predictions=True)
-        rows += evaluation.rows
-        predictions += evaluation.predictions
-    if "test" in splits and target.name not in {"last", BEST_LOSS, BEST_METRIC}:
+    is_final = target.name not in {"last", BEST_LOSS, BEST_METRIC}
+    # The labels of which each text has one, where that is what the objective tells.
+    labels = getattr(run.objective, "choices", ()) if is_final else ()
+    temperature = _temperature(run, model, labels) if labels else None
+    parts: dict[str, Any] = {}
+    with writing(target / "predictions.jsonl") as keep:
+        for split in splits:
+            fitted_here = split == run.config.train.select.split
+            watch = Breakdown(labels, None if fitted_here else temperature) if labels else None
+            rows += _score(run, model, split, keep=keep, watch=watch).rows
+            if watch is not None:
+                parts[split] = watch.values()
+    if parts:
+        fitted_on = None if temperature is None else run.config.train.select.split
+        about = {"temperature": temperature, "fitted_on": fitted_on, "splits": parts}
+        write_json(target / "breakdown.json", about)
+    if "test" in splits and is_final:
         manifest["test_scored"] = int(manifest.get("test_scored", 0)) + 1
-    write_predictions(target / "predictions.jsonl", predictions)
     return rows
 
 
 def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
+def _temperature(run: Prepared, model: Any, labels: tuple[str, ...]) -> float | None:
+    """The temperature fitted on the selection split; None where there is none. It is never fitted on test."""
+    split = run.config.train.select.split
+    if split not in run.datasets or split in ("train", "test"):
+        return None
+    watch = Temperature(labels)
+    _score(run, model, split, watch=watch)
+    return watch.value()
+
+
