@@ -351,6 +351,23 @@ def test_llamas_in_gguf_are_read_here_and_there(
     assert again.tokenizer.chat_template == TEMPLATE
 
 
+@pytest.mark.parametrize("options", [{}, {"tied": False, "feedforward_width": 96}], ids=["tied", "own head"])
+def test_a_gpt2_in_gguf_is_read_here_as_it_was(
+    options: dict[str, Any], save: Save, tmp_path: Path, here: None, bpe: Any
+) -> None:
+    folder = save(GPT2.tiny(**{"vocab_size": ROWS, "num_layers": 2, **options}))
+    isoform.export(folder, "gguf", out=tmp_path / "out")
+    ours, again = load_model(folder), load_model(tmp_path / "out" / "model.gguf")
+    rates = dict.fromkeys(("dropout", "embedding_dropout", "residual_dropout", "attention_dropout"))
+    assert {**again.config.resolved(), **rates} == {**ours.config.resolved(), **rates}
+    assert again.model.state_dict().keys() == ours.model.state_dict().keys()
+    for name, tensor in ours.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor), name
+    assert again.tokenizer is not None
+    assert again.tokenizer.special == bpe.special
+    assert again.tokenizer.encode(export.TEXTS[1]).tolist() == bpe.encode(export.TEXTS[1]).tolist()
+
+
 def test_half_precision_and_other_words_stay_in_gguf(save: Save, tmp_path: Path, here: None, bpe: Any) -> None:
     vocab = bpe.backend.get_vocab(with_added_tokens=True)
     merges = [" ".join(pair) for pair in json.loads(bpe.backend.to_str())["model"]["merges"]]

@@ -252,7 +252,7 @@ def test_what_is_not_read_is_refused_by_name(write: Write, tmp_path: Path) -> No
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with pytest.raises(CheckpointError, match="architecture 'qwen2' is not read from GGUF, llama is"):
+    with pytest.raises(CheckpointError, match="architecture 'qwen2' is not read from GGUF, gpt2 and llama are"):
         load_model(tmp_path / "other.gguf")
 
 

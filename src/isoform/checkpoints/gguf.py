@@ -1,17 +1,18 @@
 """GGUF files: weights, config, tokenizer and chat template of llama.cpp in one file, read as a Hugging Face folder is.
 
-    metadata `llama.*`        -> config.json       tensors `blk.0.attn_q.weight` ... -> their Hugging Face names
-    metadata `tokenizer.*`    -> tokenizer
+    metadata `llama.*`, `gpt2.*`    -> config.json    tensors `blk.0.attn_q.weight` ... -> their Hugging Face names
+    metadata `tokenizer.*`          -> tokenizer
 
-Queries and keys stand there with the two halves of each head interleaved, since ggml turns neighbouring channels; here
-they are put back. Weights become float32. The `gguf` package reads the container.
+A LLaMA's queries and keys stand there with the two halves of each head interleaved, since ggml turns neighbouring
+channels, and a GPT-2's matrices with their outputs first; here they are put back. Weights become float32. The `gguf`
+package reads the container.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from isoform.layers.rope_scaling import Llama3
 from isoform.text.bytelevel import byte_level
 from isoform.text.tokenizers import TextTokenizer
 
-# Their names behind `blk.N.` -> Hugging Face's behind `model.layers.N.`.
+# Their names behind `blk.N.` -> Hugging Face's behind `model.layers.N.`, of a GPT-2 behind `transformer.h.N.`.
 BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -40,6 +41,20 @@ BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+GPT2_BLOCK_NAMES = {
+    "attn_norm": "ln_1",
+    "ffn_norm": "ln_2",
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+GPT2_NAMES = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+}
 # The angles of LLaMA 3.1 and later, which the metadata does not mention: theta / theta' of each pair of channels.
 ROPE_FACTORS = "rope_freqs.weight"
 LLAMA3_FACTORS = (8.0, 16.0, 32.0)
@@ -71,23 +86,21 @@ def read_gguf(path: Path) -> GGUF:
     reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     architecture = fields.get("general.architecture")
-    if architecture != "llama":
+    if architecture not in ("gpt2", "llama"):
         raise CheckpointError(
-            f"{path}: the architecture {architecture!r} is not read from GGUF, llama is; take the model's Hugging Face "
-            "folder"
+            f"{path}: the architecture {architecture!r} is not read from GGUF, gpt2 and llama are; take the model's "
+            "Hugging Face folder"
         )
     stored = {tensor.name: tensor for tensor in reader.tensors}
-    factors = stored.pop(ROPE_FACTORS, None)
-    hf_config = _config(path, fields, stored, None if factors is None else torch.from_numpy(_numbers(factors)))
+    hf_config, theirs = _gpt2(path, fields, stored) if architecture == "gpt2" else _llama(path, fields, stored)
     tensors: dict[str, Tensor] = {}
     kinds: dict[str, int] = {}
     for number, (name, tensor) in enumerate(stored.items()):
         progress.at(number, len(stored))
         numbers = torch.from_numpy(_numbers(tensor))
         kinds[tensor.tensor_type.name] = kinds.get(tensor.tensor_type.name, 0) + 1
-        heads = {"attn_q": hf_config["num_attention_heads"], "attn_k": hf_config["num_key_value_heads"]}
-        part = name.split(".")[-2] if "." in name else name
-        tensors[_theirs(path, name)] = halves(numbers, heads[part]) if part in heads else numbers
+        place, value = theirs(name, numbers)
+        tensors[place] = value
     progress.done()
     tokenizer, reason = _tokenizer(path, fields)
     return GGUF(hf_config, tensors, tokenizer, reason, kinds, fields.get("general.name"))
@@ -115,59 +128,103 @@ def _numbers(tensor: Any) -> Any:
     return ggml.unpack(tensor.data, tensor.tensor_type.name, shape, tensor.name).copy()
 
 
-def _theirs(path: Path, name: str) -> str:
-    """The Hugging Face name of a tensor. Raises: CheckpointError."""
-    stem, _, kind = name.rpartition(".")
-    if stem.startswith("blk."):
-        _, layer, part = stem.split(".", 2)
-        if part in BLOCK_NAMES:
-            return f"model.layers.{layer}.{BLOCK_NAMES[part]}.{kind}"
-    elif stem in NAMES:
-        return f"{NAMES[stem]}.{kind}"
-    raise CheckpointError(f"{path}: the tensor {name} is not known for llama; take the model's Hugging Face folder")
-
-
 # ------------------------------------------------------------------------------------------------------------ config
 
+# The name of a tensor in Hugging Face and its values there.
+Theirs = Callable[[str, Tensor], tuple[str, Tensor]]
 
-def _config(path: Path, fields: Mapping[str, Any], stored: Mapping[str, Any], factors: Tensor | None) -> dict[str, Any]:
-    """config.json as transformers would have it. Raises: CheckpointError naming the metadata that is missing."""
 
-    def need(name: str) -> Any:
-        if f"llama.{name}" not in fields:
-            raise CheckpointError(f"{path}: the metadata llama.{name} is missing; fetch the file again")
-        return fields[f"llama.{name}"]
+def _need(path: Path, fields: Mapping[str, Any], name: str) -> Any:
+    if name not in fields:
+        raise CheckpointError(f"{path}: the metadata {name} is missing; fetch the file again")
+    return fields[name]
 
-    if fields.get("llama.expert_count"):
-        raise CheckpointError(f"{path}: a mixture of experts is not read from GGUF; take its Hugging Face folder")
+
+def _hf_name(path: Path, name: str, outer: Mapping[str, str], stem: str, inner: Mapping[str, str]) -> str:
+    """The Hugging Face name of a tensor. Raises: CheckpointError."""
+    given, _, kind = name.rpartition(".")
+    if given.startswith("blk."):
+        _, layer, part = given.split(".", 2)
+        if part in inner:
+            return f"{stem}.{layer}.{inner[part]}.{kind}"
+    elif given in outer:
+        return f"{outer[given]}.{kind}"
+    raise CheckpointError(f"{path}: the tensor {name} is not known; take the model's Hugging Face folder")
+
+
+def _shared(path: Path, fields: Mapping[str, Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of every config.json: the vocabulary, whether the head is a matrix of its own, ids of special tokens."""
     if "token_embd.weight" not in stored:
         raise CheckpointError(f"{path}: the tensor token_embd.weight is missing; fetch the file again")
-    width, heads = need("embedding_length"), need("attention.head_count")
+    return {
+        "vocab_size": int(stored["token_embd.weight"].shape[1]),
+        "tie_word_embeddings": "output.weight" not in stored,
+        **{f"{role}_token_id": fields.get(f"tokenizer.ggml.{ROLES[role]}_token_id") for role in ("bos", "eos", "pad")},
+    }
+
+
+def _gpt2(path: Path, fields: Mapping[str, Any], stored: Mapping[str, Any]) -> tuple[dict[str, Any], Theirs]:
+    """config.json as transformers would have it, and how tensors are carried there. Raises: CheckpointError."""
+    hf_config = {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+        **_shared(path, fields, stored),
+        "n_positions": _need(path, fields, "gpt2.context_length"),
+        "n_embd": _need(path, fields, "gpt2.embedding_length"),
+        "n_layer": _need(path, fields, "gpt2.block_count"),
+        "n_head": _need(path, fields, "gpt2.attention.head_count"),
+        "n_inner": _need(path, fields, "gpt2.feed_forward_length"),
+        "layer_norm_epsilon": _decimal(_need(path, fields, "gpt2.attention.layer_norm_epsilon")),
+        "activation_function": "gelu_new",
+    }
+
+    def theirs(name: str, numbers: Tensor) -> tuple[str, Tensor]:
+        # Conv1D keeps (inputs, outputs).
+        turned = numbers.t().contiguous() if name.startswith("blk.") and numbers.ndim == 2 else numbers
+        return _hf_name(path, name, GPT2_NAMES, "transformer.h", GPT2_BLOCK_NAMES), turned
+
+    return hf_config, theirs
+
+
+def _llama(path: Path, fields: Mapping[str, Any], stored: dict[str, Any]) -> tuple[dict[str, Any], Theirs]:
+    """config.json as transformers would have it, and how tensors are carried there. Raises: CheckpointError."""
+    if fields.get("llama.expert_count"):
+        raise CheckpointError(f"{path}: a mixture of experts is not read from GGUF; take its Hugging Face folder")
+    shared = _shared(path, fields, stored)
+    packed = stored.pop(ROPE_FACTORS, None)
+    factors = None if packed is None else torch.from_numpy(_numbers(packed))
+    width, heads = (_need(path, fields, f"llama.{name}") for name in ("embedding_length", "attention.head_count"))
     head_width = fields.get("llama.attention.key_length", width // heads)
     rotated = fields.get("llama.rope.dimension_count", head_width)
     if rotated != head_width:
         raise CheckpointError(f"{path}: {rotated} of {head_width} channels of a head are turned, all are expected")
     base = _decimal(fields.get("llama.rope.freq_base", 10_000.0))
-    longest = need("context_length")
-    return {
+    longest = _need(path, fields, "llama.context_length")
+    hf_config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
-        "vocab_size": int(stored["token_embd.weight"].shape[1]),
+        **shared,
         "hidden_size": width,
-        "intermediate_size": need("feed_forward_length"),
-        "num_hidden_layers": need("block_count"),
+        "intermediate_size": _need(path, fields, "llama.feed_forward_length"),
+        "num_hidden_layers": _need(path, fields, "llama.block_count"),
         "num_attention_heads": heads,
         "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
         "head_dim": head_width,
         "hidden_act": "silu",
         "max_position_embeddings": longest,
-        "rms_norm_eps": _decimal(need("attention.layer_norm_rms_epsilon")),
+        "rms_norm_eps": _decimal(_need(path, fields, "llama.attention.layer_norm_rms_epsilon")),
         "rope_parameters": {"rope_theta": base, **_scaling(path, fields, factors, base, head_width, longest)},
-        "tie_word_embeddings": "output.weight" not in stored,
         "attention_bias": "blk.0.attn_q.bias" in stored,
         "mlp_bias": "blk.0.ffn_up.bias" in stored,
-        **{f"{role}_token_id": fields.get(f"tokenizer.ggml.{ROLES[role]}_token_id") for role in ("bos", "eos", "pad")},
     }
+    turned = {"attn_q": heads, "attn_k": hf_config["num_key_value_heads"]}
+
+    def theirs(name: str, numbers: Tensor) -> tuple[str, Tensor]:
+        place = _hf_name(path, name, NAMES, "model.layers", BLOCK_NAMES)
+        part = name.split(".")[-2]
+        return place, halves(numbers, turned[part]) if part in turned else numbers
+
+    return hf_config, theirs
 
 
 def _decimal(value: float) -> float:

@@ -29,15 +29,6 @@ from isoform.text.tokenizers import TextTokenizer
 ALIGNMENT_BYTES = 32
 # Number of a kind of numbers, and of `general.file_type` where all matrices are of it.
 KINDS = {torch.float32: (0, 0), torch.float16: (1, 1), torch.bfloat16: (30, 32)}
-GPT2_NAMES = {"wte": "token_embd", "wpe": "position_embd", "ln_f": "output_norm", "lm_head": "output"}
-GPT2_BLOCK_NAMES = {
-    "ln_1": "attn_norm",
-    "ln_2": "ffn_norm",
-    "attn.c_attn": "attn_qkv",
-    "attn.c_proj": "attn_output",
-    "mlp.c_fc": "ffn_up",
-    "mlp.c_proj": "ffn_down",
-}
 # Kinds of a token beside those of `reading`.
 NORMAL, UNUSED = 1, 5
 # generation_config.json -> what llama.cpp takes where its caller says nothing.
@@ -162,14 +153,16 @@ def neighbours(rows: Tensor, num_heads: int) -> Tensor:
 
 def _gpt2(form: Mapping[str, Any], weights: Mapping[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Metadata, and tensors under GGUF's names; Conv1D's `(inputs, outputs)` turned round."""
+    outer = {theirs: ours for ours, theirs in reading.GPT2_NAMES.items()}
+    inner = {theirs: ours for ours, theirs in reading.GPT2_BLOCK_NAMES.items()}
     tensors = {}
     for name, tensor in weights.items():
-        stem, _, kind = name.removeprefix("transformer.").rpartition(".")
-        if stem in GPT2_NAMES:
-            tensors[f"{GPT2_NAMES[stem]}.{kind}"] = tensor
+        stem, _, kind = name.rpartition(".")
+        if stem in outer:
+            tensors[f"{outer[stem]}.{kind}"] = tensor
             continue
-        _, layer, part = stem.split(".", 2)
-        tensors[f"blk.{layer}.{GPT2_BLOCK_NAMES[part]}.{kind}"] = tensor.t() if tensor.ndim == 2 else tensor
+        _, _, layer, part = stem.split(".", 3)
+        tensors[f"blk.{layer}.{inner[part]}.{kind}"] = tensor.t() if tensor.ndim == 2 else tensor
     metadata = {
         "context_length": form["n_positions"],
         "embedding_length": form["n_embd"],
