@@ -72,8 +72,10 @@ class Sample:
     tokens: `(t,)` what the model reads; targets: `(t,)` what it should say at each place, `IGNORE` where nothing is
     asked (for a causal model already shifted: targets[i] is the token after tokens[i]).
     segments: `(t,)` segment ids where the family has them. label: a class, several classes or numbers of the sequence.
-    source: the encoder's sequence of an encoder-decoder. prefix: how many of the first tokens see one another even in a
-    causal model. num_bytes: text bytes that the targets stand for.
+    source: the encoder's sequence of an encoder-decoder. rival: a second sequence that this one is compared with, such
+    as another answer to the same question; it has targets of its own, and the two are never parted.
+    prefix: how many of the first tokens see one another even in a causal model. num_bytes: text bytes that the targets
+    stand for.
     """
 
     id: str
@@ -82,14 +84,15 @@ class Sample:
     segments: IntArray | None = None
     label: int | tuple[float, ...] | None = None
     source: Sample | None = None
+    rival: Sample | None = None
     weight: float = 1.0
     num_bytes: int = 0
     prefix: int = 0
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model reads, the source's among them."""
-        return len(self.tokens) + (0 if self.source is None else len(self.source.tokens))
+        """Tokens that the model reads, the source's and the rival's among them."""
+        return sum(len(one.tokens) for one in (self, self.source, self.rival) if one is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +154,8 @@ class Batch:
     `(b,)`, a 64-bit hash of each sample's id, the key of its dropout masks. labels: `(b,)` or `(b, c)`.
     weights: `(b,)`.
     num_filler: how many of the last sequences only round n up; they are in no count, target or statistic.
-    dropout_key: hash of (seed, step), or None: no dropout. source: the encoder's stream.
+    dropout_key: hash of (seed, step), or None: no dropout. source: the encoder's stream. rival: the stream of what the
+    sequences are compared with, one for each, which the model reads in a pass of its own.
     """
 
     tokens: Tensor
@@ -163,6 +167,7 @@ class Batch:
     labels: Tensor | None = None
     weights: Tensor | None = None
     source: Batch | None = None
+    rival: Batch | None = None
     dropout_key: int | None = None
     num_filler: int = 0
     num_bytes: int = 0
@@ -170,14 +175,18 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that the model reads, filler and the source's among them."""
-        return self.sequences.num_tokens + (0 if self.source is None else self.source.sequences.num_tokens)
+        """Tokens that the model reads, filler, the source's and the rival's among them."""
+        return sum(stream.sequences.num_tokens for stream in self.streams)
 
     @property
     def longest_tokens(self) -> int:
-        """The most tokens that one sequence and its source have together."""
-        sources = [0] * len(self.sequences) if self.source is None else self.source.sequences.lengths
-        return max((t + s for t, s in zip(self.sequences.lengths, sources, strict=True)), default=0)
+        """The most tokens that one sequence, its source and its rival have together."""
+        return max(map(sum, zip(*(stream.sequences.lengths for stream in self.streams), strict=True)), default=0)
+
+    @property
+    def streams(self) -> tuple[Batch, ...]:
+        """This one, its source and its rival, as far as there are such."""
+        return tuple(stream for stream in (self, self.source, self.rival) if stream is not None)
 
     def to(self, device: Any) -> Batch:
         """The same batch with its tensors on `device`."""
@@ -195,6 +204,7 @@ class Batch:
             labels=move(self.labels),
             weights=move(self.weights),
             source=None if self.source is None else self.source.to(device),
+            rival=None if self.rival is None else self.rival.to(device),
             dropout_key=self.dropout_key,
             num_filler=self.num_filler,
             num_bytes=self.num_bytes,
@@ -355,7 +365,8 @@ class Objective(Protocol):
     `helper`: what the loss needs beside the model, None: nothing.
     Some have `shown(encoded, stats)` too: what a row of predictions says where nothing is generated. Some have
     `generates`: kept predictions are generated though no metric may need them. Some have `asked(encoded)`: how many
-    targets a document has, and how many of them its sample keeps; raises DataError where it has none.
+    targets a document has, and how many of them its sample keeps; raises DataError where it has none. Some have
+    `compares`: a document becomes two sequences, each as long as the context.
     """
 
     alternatives: tuple[tuple[str, ...], ...]

@@ -15,15 +15,17 @@ from isoform.contracts import IGNORE, Batch, Sample, Sequences
 def collate(samples: Sequence[Sample], *, filler_to: int | None = None) -> Batch:
     """One batch. filler_to: round the number of tokens up to a multiple of this with one sequence that asks nothing.
 
-    Two streams have as many sequences: where one needs filler, both get some.
+    All streams have as many sequences: where one needs filler, all get some.
     Shapes: tokens, positions, targets (n,); sample_keys (b,).
     """
     sources = [sample.source for sample in samples if sample.source is not None]
-    extra, source_extra = _filler(samples, filler_to), _filler(sources, filler_to)
-    if sources and filler_to and (extra or source_extra):
-        extra, source_extra = extra or filler_to, source_extra or filler_to
-    batch = _stream(samples, extra)
-    batch.source = _stream(sources, source_extra) if sources else None
+    rivals = [sample.rival for sample in samples if sample.rival is not None]
+    extras = [_filler(stream, filler_to) for stream in (samples, sources, rivals)]
+    if filler_to and any(extras):
+        extras = [extra or filler_to for extra in extras]
+    batch = _stream(samples, extras[0])
+    batch.source = _stream(sources, extras[1]) if sources else None
+    batch.rival = _stream(rivals, extras[2]) if rivals else None
     return batch
 
 

@@ -77,9 +77,8 @@ class Feed:
         dropout_key = chance.key64(self.seed, "dropout", step)
         counts: dict[str, float] = {}
         for batch in batches:
-            batch.dropout_key = dropout_key
-            if batch.source is not None:
-                batch.source.dropout_key = dropout_key
+            for stream in batch.streams:
+                stream.dropout_key = dropout_key
             for name, count in self.objective.counts(batch).items():
                 counts[name] = counts.get(name, 0.0) + count
         return GlobalStep(step, epoch, batches, counts, tuple(sample.id for sample in samples), int(sizes.sum()))
@@ -102,8 +101,8 @@ class Feed:
 
 
 def _longest(samples: list[Sample]) -> int:
-    """The most tokens that one sequence has; of two streams, in the one that has less."""
-    streams = [samples, [sample.source for sample in samples if sample.source is not None]]
+    """The most tokens that one sequence has; of several streams, in the one that has least."""
+    streams = [samples, *([getattr(s, name) for s in samples if getattr(s, name)] for name in ("source", "rival"))]
     return min(max(len(sample.tokens) for sample in stream) for stream in streams if stream)
 
 
