@@ -14,6 +14,7 @@ from isoform.storage import free_bytes
 from isoform.studies import audit
 from isoform.studies.layout import Layout, StageRun
 from isoform.studies.workers import crew, measured, num_jobs
+from isoform.training.paper import plan_on_paper, why_on_paper
 from isoform.training.plan import plan_config
 from isoform.training.run import sources_fingerprint, train
 
@@ -22,7 +23,9 @@ def forecast(values: dict[str, Any], *, attempt: bool = False) -> dict[str, Any]
     """{name, stages: [plan of each distinct stage and how often it runs], seconds_total, disk_bytes, warnings, ...}."""
     if not is_study(values):
         config = run_config(values)
-        stage = {"name": config.name, "runs": 1, **plan_config(config)}
+        reason = why_on_paper(config)
+        plan = plan_config(config) if reason is None else plan_on_paper(config, reason)
+        stage = {"name": config.name, "runs": 1, **plan}
         return _total(config.name, [stage], [], attempt=_attempt(config) if attempt else None)
     study = study_config(values)
     wanted = {**study.base.get("train", {})}.get("precision", "auto")
@@ -100,12 +103,13 @@ def _total(
     attempt: dict[str, Any] | None = None,
     jobs: int = 1,
 ) -> dict[str, Any]:
+    timed = all("seconds_total" in stage for stage in stages)
     return {
         "name": name,
         "stages": stages,
         "tuning_trials": trials or {},
         "jobs": jobs,
-        "seconds_total": sum(stage["runs"] * stage.get("seconds_total", 0.0) for stage in stages) / jobs,
+        "seconds_total": sum(stage["runs"] * stage["seconds_total"] for stage in stages) / jobs if timed else None,
         "disk_bytes": sum(stage["runs"] * stage["disk_bytes"] for stage in stages),
         "free_disk_bytes": free_bytes(Path.cwd()),
         "memory_bytes": machine.memory_bytes(),

@@ -70,7 +70,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
                 f"{stage['steps']:,}",
                 f"{stage['tokens']:,}",
                 f"{flops:.2g}",
-                f"{1000 * stage.get('seconds_per_step', 0):.0f} ms",
+                f"{1000 * stage['seconds_per_step']:.0f} ms" if "seconds_per_step" in stage else wording.MISSING,
                 *(wording.duration_text(value) for value in seconds),
             ]
         )
@@ -90,7 +90,8 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
     for name, trials in plan["tuning_trials"].items():
         print_line(console, "", f"tuning: {trials} settings of {name} with the first seed, not in the total below")
     together = f"all runs together, {plan['jobs']} at a time" if plan["jobs"] > 1 else "all runs together"
-    print_line(console, "", f"{together}: about {wording.duration_text(plan['seconds_total'])}", "bold")
+    if plan["seconds_total"] is not None:
+        print_line(console, "", f"{together}: about {wording.duration_text(plan['seconds_total'])}", "bold")
     for stage in plan["stages"]:
         for warning in stage["warnings"]:
             print_line(console, "!", f"{stage['name']}: {warning}", "yellow")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -111,7 +111,8 @@ def prepare(
         raise ConfigError(f"model.from: {start} has no tokenizer; put its tokenizer.json into the folder")
     max_tokens = config.text.max_tokens
     if loaded is None:
-        model, family_name = _fresh_model(config, family, options, tokenizer), str(config.model["family"])
+        model = fresh_model(config, family, options, tokenizer, config.seed)
+        family_name = str(config.model["family"])
     else:
         model, family_name = loaded.model, loaded.family
     if for_training and active_adapter(model) is not None:
@@ -155,14 +156,26 @@ def prepare(
     )
 
 
-def _fresh_model(config: RunConfig, family: Any, options: dict[str, Any], tokenizer: TextTokenizer) -> Any:
-    """A model of the family, drawn from the run's seed, with the tokenizer's sizes where its options leave them out."""
+class Vocabulary(Protocol):
+    """What a model's sizes follow from: a tokenizer, or the numbers of one that is not trained yet."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def special_ids(self) -> Mapping[str, int]: ...
+
+
+def fresh_model(
+    config: RunConfig, family: Any, options: dict[str, Any], tokenizer: Vocabulary, seed: int | None
+) -> Any:
+    """A model of the family, with the tokenizer's sizes where its options leave them out; seed None: not drawn."""
     values = {**options, "vocab_size": tokenizer.vocab_size}
     if "max_positions" in family.Config.model_fields:
         values.setdefault("max_positions", config.text.max_tokens)
     if "padding_id" in family.Config.model_fields:
         values.setdefault("padding_id", tokenizer.special_ids.get("pad"))
-    return family(build_options(family, values, "model"), seed=config.seed)
+    return family(build_options(family, values, "model"), seed=seed)
 
 
 def _check_ability(config: RunConfig, objective: Objective, model: Any, family_name: str) -> None:
