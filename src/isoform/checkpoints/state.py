@@ -3,6 +3,7 @@
     step-000500/   model.safetensors, config.json, tokenizer.json, ...   a model folder (see `folders`)
                    state/run.json                tokens, data cursor, random streams, numbers of the optimiser
                    state/optimizer.safetensors   tensors of the optimiser: `parameter name/state name`
+                   state/companion.safetensors   what the objective trains beside the model, if anything
                    state/master.safetensors      the weights, only where the model folder does not hold them bit by bit
                                                  (of an adapted model: the adapter's, without the frozen base)
                    manifest.json                 step, size and SHA-256 of each file, written last
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,11 +45,15 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A verified step: its folder, the run's state, and the weights under the model's own names, bit by bit."""
+    """A verified step: its folder, the run's state, and the weights under the model's own names, bit by bit.
+
+    companion: the tensors of what the objective trains beside the model.
+    """
 
     path: Path
     state: RunState
     tensors: dict[str, Tensor]
+    companion: dict[str, Tensor]
 
 
 def save_state(
@@ -60,6 +65,7 @@ def save_state(
     keep: int,
     protect: Set[int] = frozenset(),
     extra: dict[str, Any] | None = None,
+    companion: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Writes `folder/step-<run_state.step>`, then removes older steps but the last `keep` and those in `protect`.
 
@@ -69,7 +75,8 @@ def save_state(
     form = folders.disk_form(model, tokenizer)
     master = {} if _is_exact(model, form) else folders.kept_tensors(model)
     moments = _flat(run_state.optimizer)
-    size = sum(tensors.num_bytes(table) for table in (form.weights, master, moments))
+    beside = dict(companion or {})
+    size = sum(tensors.num_bytes(table) for table in (form.weights, master, moments, beside))
     step = run_state.step
     final = folder / f"step-{step:06d}"
     storage.require_free(final, size + 10_000_000)
@@ -77,6 +84,8 @@ def save_state(
         folders.write_files(staged, model, tokenizer, form, extra=extra)
         (staged / STATE).mkdir()
         tensors.write_tensors(staged / STATE / "optimizer.safetensors", moments)
+        if beside:
+            tensors.write_tensors(staged / STATE / "companion.safetensors", beside)
         if master:
             tensors.write_tensors(staged / STATE / "master.safetensors", master)
         storage.write_text(staged / STATE / "run.json", _run_text(run_state))
@@ -124,7 +133,10 @@ def load_state(path: Path) -> Loaded:
     for key, tensor in tensors.read_tensors(path / STATE / "optimizer.safetensors").items():
         parameter, name = key.rsplit("/", 1)
         optimizer[parameter][name] = tensor
-    return Loaded(path, RunState(step, run["tokens"], run["cursor"], run["rng"], optimizer, run["scalars"]), weights)
+    beside = path / STATE / "companion.safetensors"
+    companion = tensors.read_tensors(beside) if beside.is_file() else {}
+    state = RunState(step, run["tokens"], run["cursor"], run["rng"], optimizer, run["scalars"])
+    return Loaded(path, state, weights, companion)
 
 
 def prune(folder: Path, step: int, *, keep: int, protect: Set[int] = frozenset()) -> None:

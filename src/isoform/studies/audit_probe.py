@@ -24,7 +24,7 @@ from isoform.contracts import Batch, Ints, Sample, Sequences
 from isoform.data.batches import collate
 from isoform.data.plan import BatchPlan
 from isoform.storage import fingerprint
-from isoform.studies.layout import Layout
+from isoform.studies.layout import Layout, with_arms
 from isoform.training.loop import planned_rates
 from isoform.training.prepare import Prepared, prepare
 from isoform.training.step import LossModule, accumulate, set_rates
@@ -177,8 +177,12 @@ class Probes:
         }
         key = fingerprint([values, str(start)])
         if key not in self._known:
-            self._known[key] = Probe(prepare(config, start=start, precision="fp32", device=CPU))
+            self._known[key] = Probe(prepare(self.placed(config), start=start, precision="fp32", device=CPU))
         return self._known[key]
+
+    def placed(self, config: RunConfig) -> RunConfig:
+        """The config with stand-ins in the place of the models that other arms will leave."""
+        return with_arms(config, lambda arm: str(self._stand_in(next(iter(self.configs(arm).values())))))
 
     def _stand_in(self, first: RunConfig) -> Path:
         """A model folder in the place of the one that the first stage will leave."""

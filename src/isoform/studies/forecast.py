@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from isoform.config import RunConfig, run_config, study_config
 from isoform.reading import is_study
 from isoform.storage import free_bytes
 from isoform.studies import audit
+from isoform.studies.audit_probe import Probes
 from isoform.studies.layout import Layout, StageRun
 from isoform.studies.workers import crew, measured, num_jobs
 from isoform.training.paper import plan_on_paper, why_on_paper
@@ -33,9 +34,12 @@ def forecast(values: dict[str, Any], *, attempt: bool = False) -> dict[str, Any]
     layout = Layout(study, list(range(study.seed, study.seed + study.seeds)), precision, sources_fingerprint())
     jobs = num_jobs(study.jobs, sum(1 for _ in layout.all()))
     stages = []
-    with crew(jobs) if jobs > 1 else nullcontext() as workers:
+    with ExitStack() as made:
+        workers = made.enter_context(crew(jobs)) if jobs > 1 else None
+        probes = made.enter_context(Probes(layout))
         for label, run, count in _distinct(layout):
-            plan = measured(run.config, precision, workers) if workers else plan_config(run.config, precision)
+            config = probes.placed(run.config)
+            plan = measured(config, precision, workers) if workers else plan_config(config, precision)
             stages.append({"name": label, "runs": count, **plan})
     trials = {name: _num_trials(options.tune) for name, options in layout.arms() if options.tune}
     attempted = _attempt_study(layout) if attempt else None
@@ -88,9 +92,8 @@ def _attempt_study(layout: Layout) -> dict[str, Any]:
                 start = Path(folder) / run.parent.folder / "final" if run.parent else None
                 target = Path(folder) / run.folder
                 if not target.exists():
-                    rows += train(
-                        _one_step(run.config), target, start=start, precision=layout.precision, quiet=True
-                    ).rows
+                    config = _one_step(run.placed(Path(folder)))
+                    rows += train(config, target, start=start, precision=layout.precision, quiet=True).rows
     return {"rows": rows}
 
 

@@ -1,13 +1,14 @@
 """A study laid out before anything runs: which arm needs which stage at which seed, in which folder, shared or not.
 
 A stage's result is kept under a hash of its config, its data, the sources that affect numbers, the precision and the
-stage that it starts from. Two arms that ask for the same stage share it, once per seed.
+stage that it starts from. Two arms that ask for the same stage share it, once per seed. Where a config asks for a model
+it may name an arm that stands above it, `arm:NAME`: what that arm has made of the same seed (a teacher).
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,14 @@ from isoform.config import ArmConfig, RunConfig, StudyConfig, run_config
 from isoform.data.splits import load_splits
 from isoform.errors import ConfigError
 from isoform.reading import merge
-from isoform.registry import component
+from isoform.registry import component, nearest
 from isoform.storage import fingerprint
 
 # The one stage of an arm whose list is empty: its model is scored as it is, on the data of the study's last stage.
 AS_IS = "as-is"
+
+# Before the name of an arm whose last model is meant, in a run's `model` or `objective`.
+ARM = "arm:"
 
 # Fields of a run that change neither its weights nor its scores, so that they do not belong to its identity.
 UNIDENTIFYING = ("name", "about", "track")
@@ -38,10 +42,27 @@ class StageRun:
     folder: Path
     # relative to the study's folder
     parent: StageRun | None = None
+    others: Mapping[str, StageRun] = field(default_factory=dict)
+    # arm named in the config -> the run whose model is meant
 
     @property
     def trains(self) -> bool:
         return self.stage != AS_IS
+
+    @property
+    def needs(self) -> list[StageRun]:
+        """The runs whose models this one reads."""
+        return [*([] if self.parent is None else [self.parent]), *self.others.values()]
+
+    def lineage(self) -> Iterator[StageRun]:
+        """Every run that must have ended before this one can begin, and this one, in order."""
+        for run in self.needs:
+            yield from run.lineage()
+        yield self
+
+    def placed(self, folder: Path) -> RunConfig:
+        """The config with the models of other arms where they are, in a study's folder."""
+        return with_arms(self.config, lambda arm: str((folder / self.others[arm].folder / "final").resolve()))
 
 
 @dataclass
@@ -66,19 +87,31 @@ class Layout:
         for stage in self.study.arms[arm].stages or [AS_IS]:
             config = self.config(arm, stage, seed, settings if settings is not None else self.chosen.get(arm, {}))
             parent = runs[-1] if runs else None
-            key = self._key(config, parent, trains=stage != AS_IS)
+            others = {name: self._last(name, arm, seed) for name in arms_of(config)}
+            key = self._key(config, parent, others, trains=stage != AS_IS)
             folder = Path("stages") / f"{stage}-seed{seed}-{key[:10]}"
-            runs.append(StageRun(arm, stage, seed, config, key, folder, parent))
+            runs.append(StageRun(arm, stage, seed, config, key, folder, parent, others))
         return runs
+
+    def _last(self, name: str, arm: str, seed: int) -> StageRun:
+        """The last run of the arm `name`, whose model the arm `arm` asks for. Raises: ConfigError."""
+        above = list(itertools.takewhile(lambda other: other != arm, self.study.arms))
+        if name not in above:
+            known = ", ".join(above) or "no arm"
+            raise ConfigError(f"arms.{arm}: {ARM}{name} is no arm above it{nearest(name, above)}; above it: {known}")
+        if self.study.arms[name].results is not None:
+            raise ConfigError(f"arms.{arm}: {ARM}{name} has results from elsewhere and no model here; name another arm")
+        return self.chain(name, seed)[-1]
 
     def all(self) -> Iterator[StageRun]:
         """Every distinct stage run, in the order in which it is carried out: seed by seed, arm by arm."""
         seen: set[str] = set()
         for seed, (arm, _) in itertools.product(self.seeds, self.arms()):
             for run in self.chain(arm, seed):
-                if run.key not in seen:
-                    seen.add(run.key)
-                    yield run
+                for needed in run.lineage():
+                    if needed.key not in seen:
+                        seen.add(needed.key)
+                        yield needed
 
     def config(self, arm: str, stage: str, seed: int, settings: dict[str, Any]) -> RunConfig:
         """base, then the stage, then what the arm changes everywhere, then what it changes in this stage."""
@@ -100,7 +133,7 @@ class Layout:
             raise ConfigError(f"tune: {path!r} names neither a section of a run nor a stage")
         return parts
 
-    def _key(self, config: RunConfig, parent: StageRun | None, *, trains: bool) -> str:
+    def _key(self, config: RunConfig, parent: StageRun | None, others: Mapping[str, StageRun], *, trains: bool) -> str:
         values = {name: item for name, item in config.model_dump(mode="json").items() if name not in UNIDENTIFYING}
         values["data"] = {name: item for name, item in values["data"].items() if name != "root"}
         if parent is not None:
@@ -108,7 +141,8 @@ class Layout:
             values = {name: item for name, item in values.items() if name != "model"}
             values["text"] = {"max_tokens": values["text"]["max_tokens"]}
         origin = parent.key if parent else None
-        return fingerprint([values, self._data_key(config), self.sources, self.precision, origin, trains])
+        asked = {name: run.key for name, run in others.items()}
+        return fingerprint([values, self._data_key(config), self.sources, self.precision, origin, asked, trains])
 
     def _data_key(self, config: RunConfig) -> str:
         cls, options = component("objective", config.objective, "objective")
@@ -117,6 +151,36 @@ class Layout:
         if key not in self._data:
             self._data[key] = load_splits(config.data, objective.alternatives).fingerprint
         return self._data[key]
+
+
+def arms_of(config: RunConfig) -> list[str]:
+    """The arms whose models a config asks for."""
+    found: list[str] = []
+
+    def note(arm: str) -> str:
+        found.append(arm)
+        return arm
+
+    with_arms(config, note)
+    return list(dict.fromkeys(found))
+
+
+def with_arms(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
+    """The config with every `arm:NAME` in its `model` and `objective` replaced by `place(NAME)`."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [replaced(item) for item in value]
+        return place(value.removeprefix(ARM)) if isinstance(value, str) and value.startswith(ARM) else value
+
+    changed = {"model": replaced(config.model), "objective": replaced(config.objective)}
+    return (
+        config
+        if changed == {"model": config.model, "objective": config.objective}
+        else config.model_copy(update=changed)
+    )
 
 
 def _nested(path: list[str], value: Any) -> dict[str, Any]:

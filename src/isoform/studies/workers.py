@@ -59,7 +59,7 @@ def carry_out(
 
     Raises: whatever a run raises, as soon as those beside it have stopped and saved; Stopped.
     """
-    distinct = list({run.key: run for run in runs}.values())
+    distinct = list({needed.key: needed for run in runs for needed in run.lineage()}.values())
     missing = [run for run in distinct if not is_complete(folder / run.folder)]
 
     def told(run: StageRun) -> str:
@@ -84,7 +84,7 @@ def is_complete(folder: Path) -> bool:
 def task(run: StageRun, folder: Path, precision: str, quiet: bool) -> dict[str, Any]:
     """What a worker needs to know of a run, as plain values."""
     return {
-        "config": run.config.model_dump(mode="json"),
+        "config": run.placed(folder).model_dump(mode="json"),
         "folder": str(folder / run.folder),
         "start": None if run.parent is None else str(folder / run.parent.folder / "final"),
         "precision": precision,
@@ -246,7 +246,7 @@ class _SideBySide:
     def _hand_out(self, waiting: list[StageRun]) -> None:
         unfinished = {run.key for run in waiting} | {worker.run.key for worker in self.workers if worker.run}
         for run in list(waiting):
-            if run.parent is not None and run.parent.key in unfinished:
+            if any(needed.key in unfinished for needed in run.needs):
                 continue
             worker = next((worker for worker in self.workers if worker.run is None), None)
             if worker is None:

@@ -24,11 +24,22 @@ class LossModule(nn.Module):
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model = model
+        helper = objective.helper
+        self.companion = None if helper is None else helper.companion
+        self._all_layers = helper is not None and helper.reads_layers
         self._objective = (objective,)  # a tuple, so that torch does not take it for a sub-module
 
     def forward(self, batch: Batch) -> dict[str, LossPart]:
         model: Model = self.model  # type: ignore[assignment]
-        return self._objective[0].loss(model, batch, model(batch))
+        return self._objective[0].loss(model, batch, model(batch, all_layers=self._all_layers))
+
+
+def trained_parameters(model: nn.Module, objective: Objective) -> dict[str, nn.Parameter]:
+    """What the optimiser changes, by name: the model's parameters that are not frozen, and those of its companion."""
+    named = list(model.named_parameters())
+    if objective.helper is not None and objective.helper.companion is not None:
+        named += objective.helper.companion.named_parameters(prefix="objective")
+    return {name: parameter for name, parameter in named if parameter.requires_grad}
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
