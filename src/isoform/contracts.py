@@ -364,9 +364,8 @@ class Objective(Protocol):
     cut into windows of `window_tokens` tokens of its `text` field before `prepare` sees it.
     `helper`: what the loss needs beside the model, None: nothing.
     Some have `shown(encoded, stats)` too: what a row of predictions says where nothing is generated. Some have
-    `generates`: kept predictions are generated though no metric may need them. Some have `asked(encoded)`: how many
-    targets a document has, and how many of them its sample keeps; raises DataError where it has none. Some have
-    `compares`: a document becomes two sequences, each as long as the context.
+    `asked(encoded)`: how many targets a document has, and how many of them its sample keeps; raises DataError where it
+    has none. Some have `compares`: a document becomes two sequences, each as long as the context.
     """
 
     alternatives: tuple[tuple[str, ...], ...]

@@ -135,6 +135,9 @@ def evaluate(
     Raises: ConfigError where a metric needs answers that the objective does not generate.
     """
     chosen = build_metrics(objective.metrics if metrics is None else metrics)
+    if metrics is None and keep_predictions == 0:
+        # Nobody reads the answers, and to generate them takes long: what they alone tell is left for the end.
+        chosen = [metric for metric in chosen if not GENERATED_COLUMNS & set(metric.columns)]
     asked = _asked(chosen, split, beams, keep_predictions, watch)
     way = _Way(model, batch_tokens, device, autocast, max_new_tokens, beams)
     totals, seen = StreamingMetrics(chosen), Occurrences()

@@ -53,7 +53,6 @@ class Chat(TokenObjective):
     needs: frozenset[str] = frozenset({"causal"})
     stochastic: bool = False
     windowed: bool = False
-    generates: bool = True
     metrics: tuple[str, ...] = ("loss", "perplexity", "token_accuracy", "ended")
 
     def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
