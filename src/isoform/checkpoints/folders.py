@@ -28,6 +28,7 @@ from isoform.checkpoints.tensors import read_object
 from isoform.contracts import Tokenizer
 from isoform.errors import CheckpointError, IsoformError
 from isoform.models.lora import active_adapter, adapter_state, adapters_of, base_fingerprint, base_state
+from isoform.text import ngrams
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer
 
 NATIVE_PREFIX = "isoform-"
@@ -340,8 +341,11 @@ def family_for(model_type: Any) -> str | None:
     return next((name for name, types in own.items() if model_type in types), None)
 
 
-def _load_tokenizer(folder: Path, config: Any) -> tuple[TextTokenizer | None, str | None]:
+def _load_tokenizer(folder: Path, config: Any) -> tuple[Any, str | None]:
     """The folder's tokenizer, or why there is none. Raises: CheckpointError where it has ids that the model has not."""
+    if (folder / ngrams.FILE).is_file():
+        with _about(folder):
+            return ngrams.load_ngrams(folder), None
     if not (folder / "tokenizer.json").is_file():
         return None, f"{folder}: there is no tokenizer.json"
     with _about(folder):

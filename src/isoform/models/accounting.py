@@ -57,7 +57,8 @@ def flops_per_token(model: Any, context_tokens: int) -> tuple[int, int]:
         for layer in model.modules()
         if isinstance(layer, nn.Linear) and not layer.weight.requires_grad
     )
-    if config.tied and getattr(config, "head", None) != "none" and getattr(model, "classifier", None) is None:
+    guesses = getattr(config, "head", None) != "none" and getattr(model, "classifier", None) is None
+    if guesses and config.tied:
         matrices += model.get_parameter("embedding.weight").numel()
     attention = sum(
         4 * layer.num_heads * layer.head_width * mean_visible(context_tokens, layer.window, causal=layer.causal)

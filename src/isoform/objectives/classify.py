@@ -209,6 +209,10 @@ class Classify:
                 )
         return np.array([self._index[name] for name in names], dtype=np.int32)
 
+    def label_of(self, document: Document) -> int:
+        """The number of the document's one label. Raises: DataError with source and row."""
+        return int(self._stored(document)[0])
+
     def _label(self, stored: IntArray) -> int | tuple[float, ...]:
         if self.config.task == "single-label":
             return int(stored[0])

@@ -75,6 +75,9 @@ def open_model(path: str | Path, *, precision: str | None = None, max_tokens: in
             objective_section = {"kind": "classify", "task": classifier.task, "labels": list(classifier.labels)}
         values = {"text": {"max_tokens": int(limit)}, "model": {"from": str(path)}, "objective": objective_section}
         config = run_config(values)
+    if "fits" in loaded.model.capabilities:  # it reads texts whole
+        text = config.text.model_copy(update={"max_tokens": loaded.model.max_positions})
+        config = config.model_copy(update={"text": text})
     cls, options = component("objective", config.objective, "objective")
     objective: Objective = cls(options, loaded.tokenizer, config.text.max_tokens)
     chosen = precision or machine.choose_precision(config.train.precision, device.type)

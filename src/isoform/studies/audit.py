@@ -29,9 +29,11 @@ from isoform.studies.audit_rows import (
     UNUSED,
     WINDOWS,
     Row,
+    fitted,
     names,
     or_pass,
     row,
+    stepped,
     trained,
 )
 from isoform.studies.layout import Layout
@@ -50,6 +52,7 @@ def before(layout: Layout) -> list[Row]:
         with Probes(layout) as probes:
             return [
                 *or_pass(DEAD, dead_options(layout, probes), "every option in which the arms differ does something"),
+                *_not_probed(layout),
                 *or_pass(FUTURE, _future(layout, probes), "earlier states do not change with later tokens"),
                 *or_pass(OVERLAP, audit_data.overlaps(layout, probes), "no document stands in two splits"),
                 *or_pass(ANSWERS, audit_data.answers_seen(layout, probes), "no earlier stage's text holds the answers"),
@@ -69,15 +72,25 @@ def before(layout: Layout) -> list[Row]:
         return [row(OVERLAP, "refuse", str(error))]
 
 
+def _not_probed(layout: Layout) -> list[Row]:
+    """What the checks of this table do not say of classical models."""
+    arms = [arm for arm in trained(layout) if fitted(layout, arm)]
+    text = (
+        f"{names(arms)}: fitted in one go, so that there are no rates, updates or losses to look at, and options are "
+        "not tried one by one; data, selection and terms are checked as for all"
+    )
+    return [row(DEAD, "inform", text)] if arms else []
+
+
 def _future(layout: Layout, probes: Any) -> list[Row]:
     from isoform.studies.audit_probe import sees_future
 
     seeing: dict[int, tuple[str, list[str]]] = {}
-    for arm in trained(layout):
+    for arm in stepped(layout):
         stage, probe = next(iter(probes.chain(arm).items()))
         if probe.run.model.capabilities & {"causal", "encoder-decoder"}:
             seeing.setdefault(id(probe), (stage, []))[1].append(arm)
-    known = {id(probe): probe for arm in trained(layout) for probe in probes.chain(arm).values()}
+    known = {id(probe): probe for arm in stepped(layout) for probe in probes.chain(arm).values()}
     return [
         row(
             FUTURE,

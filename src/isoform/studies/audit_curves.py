@@ -10,7 +10,7 @@ from statistics import fmean, median, stdev
 from typing import TYPE_CHECKING
 
 from isoform.storage import iterate_jsonl
-from isoform.studies.audit_rows import DIVERGED, SCHEDULE, Row, names, row, trained
+from isoform.studies.audit_rows import DIVERGED, SCHEDULE, Row, names, row, stepped
 from isoform.studies.audit_runs import by_stage, logged_losses, seeds_of
 from isoform.studies.layout import Layout
 
@@ -31,7 +31,7 @@ MAD_TO_DEVIATION = 1.4826
 def schedules(layout: Layout, probes: Probes) -> list[Row]:
     """Every distinct complaint about a planned rate, with the arms and the stage."""
     found: dict[tuple[str, str], list[str]] = defaultdict(list)
-    for arm in trained(layout):
+    for arm in stepped(layout):
         for stage, probe in probes.chain(arm).items():
             if complaint := rate_complaint(probe.rates):
                 found[stage, complaint].append(arm)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from isoform.config import RunConfig, run_config
 from isoform.errors import ConfigError, DataError
-from isoform.studies.audit_rows import DEAD, Level, Pair, Row, pairs, row, trained
+from isoform.studies.audit_rows import DEAD, Level, Pair, Row, pairs, row, stepped, trained
 from isoform.studies.layout import Layout, flat
 
 if TYPE_CHECKING:
@@ -67,12 +67,15 @@ def dead_options(layout: Layout, probes: Probes) -> list[Row]:
     Every pair is looked at for being the same thing twice. Options are tried in the pairs of questions, and in every
     other arm beside the first: there a dead one is a refusal where no question names the arm, else a warning.
     """
-    known = trained(layout)
+    known, probed = trained(layout), stepped(layout)
     asked = pairs(layout)
     named = {arm for pair in asked for arm in pair}
     rows = []
     for pair in itertools.combinations(known, 2):
-        if pair in asked or pair[::-1] in asked:
+        if not set(pair) <= set(probed):
+            if _twins(layout, probes, pair):
+                rows.append(row(DEAD, "refuse", _told_twice(pair, "do not differ in any option"), pair))
+        elif pair in asked or pair[::-1] in asked:
             rows += _pair_rows(layout, probes, pair if pair in asked else pair[::-1])
         elif pair[0] == known[0]:
             rows += _pair_rows(layout, probes, pair, "warn" if set(pair) <= named else "refuse")

@@ -109,10 +109,12 @@ def best_at_an_edge(layout: Layout, folder: Path, results: dict[str, Any]) -> li
     """A tuned value at the end of its grid, and a best checkpoint at the last step."""
     rows = []
     for arm in results["arms"]:
-        for field, values in layout.study.arms[arm["name"]].tune.items():
+        settings = [trial["setting"] for trial in arm["tuning"]]
+        for field in settings[0] if settings else ():
             chosen = next((trial["setting"][field] for trial in arm["tuning"] if trial.get("chosen")), None)
-            if edge := _edge(chosen, values):
-                text = f"arm {arm['name']}: the best {field} is {chosen}, the {edge} of its grid; widen tune.{field}"
+            if edge := _edge(chosen, [setting[field] for setting in settings]):
+                where = f"tune.{field}" if field in layout.study.arms[arm["name"]].tune else field
+                text = f"arm {arm['name']}: the best {field} is {chosen}, the {edge} of its grid; widen {where}"
                 rows.append(row(EDGE, "warn", text))
     for where, runs in by_stage(layout, folder):
         late = [finished for finished in runs if _best_was_last(finished)]

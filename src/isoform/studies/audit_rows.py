@@ -55,6 +55,18 @@ def trained(layout: Layout) -> list[str]:
     return [name for name, arm in layout.arms() if arm.results is None and arm.stages]
 
 
+def stepped(layout: Layout) -> list[str]:
+    """Those of them that are trained step by step, and not fitted in one go."""
+    return [name for name in trained(layout) if not fitted(layout, name)]
+
+
+def fitted(layout: Layout, arm: str) -> bool:
+    """Whether a stage of the arm is a classical model, fitted in one go: it has no updates, rates or probe steps."""
+    from isoform.training.prepare import fits
+
+    return any(fits(run.config) for run in layout.chain(arm, layout.seeds[0]) if run.parent is None)
+
+
 def names(arms: Iterable[str]) -> str:
     """`arm a`, `arms a, b`."""
     known = list(dict.fromkeys(arms))

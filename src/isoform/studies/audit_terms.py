@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from isoform.config import Question
 from isoform.errors import ConfigError
 from isoform.registry import nearest
-from isoform.studies.audit_rows import TERMS, Pair, Row, pairs, row, trained
+from isoform.studies.audit_rows import TERMS, Pair, Row, pairs, row, stepped, trained
 from isoform.studies.layout import Layout
 from isoform.studies.wording import percent_text
 
@@ -46,7 +46,11 @@ def planned_terms(layout: Layout, probes: Probes) -> list[Row]:
                 raise ConfigError(
                     f"questions.equal: unknown name {name!r}{nearest(name, WORDS)}; known: {', '.join(WORDS)}"
                 )
-    terms = {arm: _planned(layout, probes, arm) for arm in trained(layout)}
+    probed = stepped(layout)
+    terms = {
+        arm: _planned(layout, probes, arm) if arm in probed else _planned_fit(layout, probes, arm)
+        for arm in trained(layout)
+    }
     return [found for pair in pairs(layout) for found in _rows(layout, pair, terms, "planned", set(WORDS) - ONLY_MADE)]
 
 
@@ -68,7 +72,7 @@ def made_terms(layout: Layout, folder: Path) -> list[Row]:
     for pair in pairs(layout):
         cut = bool(early & set(pair))
         if cut:
-            for arm in set(pair) & set(terms):
+            for arm in set(pair) & set(stepped(layout)):
                 terms[arm].setdefault("data_tokens", _tokens_read(layout, arm, made[arm]))
         rows += _rows(layout, pair, terms, "made", {*ONLY_MADE, *(WORDS if cut else ())})
     return rows
@@ -98,6 +102,18 @@ def _planned(layout: Layout, probes: Probes, arm: str) -> Terms:
     }
 
 
+def _planned_fit(layout: Layout, probes: Probes, arm: str) -> Terms:
+    """Of a model that is fitted in one go: how many settings are tried; its size follows from the texts."""
+    from isoform.training.classical import grid
+
+    (probe,) = probes.chain(arm).values()
+    settings = math.prod(map(len, grid(probe.run).values()))
+    return {
+        "updates": 0,
+        "tuning_trials": settings * math.prod(len(values) for values in layout.study.arms[arm].tune.values()),
+    }
+
+
 def _rows(layout: Layout, pair: Pair, terms: Mapping[str, Terms], when: str, looked_at: set[str]) -> list[Row]:
     """A refusal for each named term that is not equal, one line for the named ones that are, one for what differs."""
     equal = _equal(layout, pair)
@@ -110,7 +126,13 @@ def _rows(layout: Layout, pair: Pair, terms: Mapping[str, Terms], when: str, loo
     rows: list[Row] = []
     held, others = [], []
     for name in WORDS:
-        if name not in looked_at or name not in first:
+        if name not in looked_at or (name not in first and name not in second):
+            continue
+        if name not in first or name not in second:
+            if name in equal:
+                arm = pair[name in first]
+                text = f"{WORDS[name]} mean nothing for arm {arm}, which is fitted in one go; remove equal.{name}"
+                rows.append(row(TERMS, "refuse", text, pair))
             continue
         difference = relative_difference(first[name], second[name])
         told = told_apart(name, (first[name], second[name]), pair)

@@ -109,6 +109,7 @@ class Records:
             "stages": ["training"],
             "parameters": manifest.get("model"),
             "runs": [{"seed": manifest.get("seed", 0), "stages": [stage], "final": ".", "metrics": rows}],
+            "tuning": manifest.get("trials") or [],
             "summary": [{**row, "mean": row.get("value"), "values": [row.get("value")]} for row in rows],
         }
         results = {key: manifest[key] for key in _CARRIED if key in manifest}

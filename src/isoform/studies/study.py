@@ -221,7 +221,7 @@ def _arm(layout: Layout, folder: Path, name: str, tuning: list[dict[str, Any]]) 
         "parameters": manifest.get("model", {}),
         "runs": runs,
         "summary": _summary(layout, folder, name),
-        "tuning": tuning,
+        "tuning": tuning or manifest.get("trials", []),
     }
 
 

@@ -32,7 +32,7 @@ from isoform.training.guards import Interrupts
 from isoform.training.logs import RunLog
 from isoform.training.prepare import Prepared
 from isoform.training.progress import Progress
-from isoform.training.step import LossModule, accumulate, set_rates, trained_parameters
+from isoform.training.step import LossModule, accumulate, set_rates
 
 # A folder beside the checkpoints for each way to choose one: the best by the selected metric, and by loss.
 BEST_METRIC = "best-metric"
@@ -68,9 +68,7 @@ class Loop:
         self.evaluate = evaluate
         self.progress = progress
         self.train = run.config.train
-        self.names = trained_parameters(run.model, run.objective)
-        helper = run.objective.helper
-        self.companion: nn.Module | None = None if helper is None else helper.companion
+        self.names = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
         self.optimizers = run.optimizer.build(self.names, self.train.learning_rate)
         self.module: nn.Module = accelerator.prepare(LossModule(run.model, run.objective))
         self.micro_batch_tokens = self.train.micro_batch_tokens
@@ -86,8 +84,6 @@ class Loop:
         with torch.no_grad():
             for name, tensor in kept_tensors(self.run.model).items():
                 tensor.copy_(found.tensors[name])
-        if self.companion is not None:
-            self.companion.load_state_dict(found.companion)
         restore_optimizer(self.optimizers, self.names, found.state.optimizer)
         self.state = found.state
         restore_random_streams(self.state.rng)
@@ -245,13 +241,13 @@ class Loop:
         select = self.train.select
         began = time.monotonic()
         evaluation = self.evaluate(self.run.model, select.split)
+        asks_train = self.run.config.evaluate.train_examples is not None
+        beside = self.evaluate(self.run.model, "train").rows if asks_train else []
         self.module.train()
         seconds = time.monotonic() - began
         self.log.evaluation(self.state.step, self.state.tokens, seconds, [*evaluation.rows, *beside])
         values = {row["metric"]: row["value"] for row in evaluation.rows}
         self.progress.evaluation(self.state.step, select.split, values)
-        asks_train = self.run.config.evaluate.train_examples is not None
-        beside = self.evaluate(self.run.model, "train").rows if asks_train else []
         improved = self._keep_best(BEST_LOSS, "loss", values.get("loss"))
         if select.metric != "last":
             better = self._keep_best(BEST_METRIC, select.metric, values.get(select.metric))
@@ -312,7 +308,6 @@ class Loop:
                 self.run.tokenizer,
                 self.state,
                 keep=self.train.keep_checkpoints,
-                companion={} if self.companion is None else self.companion.state_dict(),
             )
         self.accelerator.wait_for_everyone()
         self._saved_at = time.monotonic()

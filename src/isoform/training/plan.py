@@ -14,9 +14,10 @@ from isoform.checkpoints.folders import kept_tensors
 from isoform.config import RunConfig
 from isoform.evaluation.evaluate import Thinned, evaluate
 from isoform.models.accounting import accounts
+from isoform.training import classical
 from isoform.training.feed import Feed
 from isoform.training.loop import planned_rates
-from isoform.training.prepare import Prepared, prepare
+from isoform.training.prepare import Prepared, fits, prepare
 from isoform.training.step import LossModule, accumulate, autocast, set_rates
 
 # The probe: steps that warm the machine up, then steps that are timed until one of the two limits.
@@ -31,12 +32,43 @@ MODEL_BYTES = 4
 
 def plan_config(config: RunConfig, precision: str | None = None) -> dict[str, Any]:
     """`plan_run` of a config, the preparation timed too. Raises: what `prepare` raises."""
+    if fits(config):
+        return _plan_fit(config, precision)
     prepare(config, precision=precision)  # what is made once and kept, such as token stores, is made here
     began = time.perf_counter()
     run = prepare(config, precision=precision)
     seconds = time.perf_counter() - began
     plan = plan_run(run)
     return {**plan, "seconds_preparing": seconds, "seconds_total": plan["seconds_total"] + seconds}
+
+
+def _plan_fit(config: RunConfig, precision: str | None) -> dict[str, Any]:
+    """The same of a model that is fitted in one go: it is fitted, since nothing less tells how long that takes."""
+    began = time.perf_counter()
+    run, _ = classical.fit(prepare(config, precision=precision))
+    fitted = time.perf_counter() - began
+    scored = _seconds_per_evaluation(run)
+    sizes = accounts(run.model, 1)
+    return {
+        "steps": 0,
+        "steps_per_epoch": 0,
+        "epochs": 1.0,
+        "samples": len(run.datasets["train"]),
+        "tokens": run.datasets["train"].report["tokens"],
+        "mean_batch_tokens": 0.0,
+        "model": sizes,
+        "precision": run.precision,
+        "device": str(run.device),
+        "evaluations": 0,
+        "disk_bytes": sizes["total"] * MODEL_BYTES,
+        "peak_memory_bytes": _peak_memory_bytes(),
+        "learning_rates": [[0, 0.0]],
+        "warnings": [],
+        "seconds_per_step": 0.0,
+        "seconds_training": fitted,
+        "seconds_evaluating": scored,
+        "seconds_total": fitted + scored,
+    }
 
 
 def plan_run(run: Prepared, *, probe: bool = True) -> dict[str, Any]:
@@ -146,8 +178,7 @@ def _seconds_per_step(run: Prepared) -> float:
 
 def _num_evaluations(run: Prepared) -> int:
     train = run.config.train
-    assert run.batch_plan is not None
-    if train.select.split not in run.datasets:
+    if run.batch_plan is None or train.select.split not in run.datasets:
         return 0
     if train.evaluate_every_steps is not None:
         every = train.evaluate_every_steps

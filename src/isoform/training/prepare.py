@@ -28,6 +28,7 @@ from isoform.models.lora import active_adapter
 from isoform.objectives.routing import with_routing
 from isoform.registry import build_options, component, lookup, names
 from isoform.storage import fingerprint
+from isoform.text.ngrams import NGrams
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
 from isoform.training.optimizers import Optimizer
 from isoform.training.schedules import Schedule
@@ -78,7 +79,7 @@ def prepare(
     device: torch.device | None = None,
     for_training: bool = True,
 ) -> Prepared:
-    """Reads, splits, encodes and builds.
+    """Reads, splits, encodes and builds; of a model that is fitted in one go, what it is fitted on (`classical.fit`).
 
     start: a model folder that takes the place of `model` and `text.tokenizer` (the stage before).
     precision: the choice of the study, if one was made.
@@ -106,10 +107,35 @@ def prepare(
     known = None if loaded is None else getattr(loaded.config, "classifier", None)
     texts = splits.splits["train"] if for_training else None
     objective_options = objective_class.settled(objective_options, texts, known)
+    if family is not None and "fits" in family.capabilities:
+        _check_fits(config, objective_options)
+        unlimited: Objective = objective_class(objective_options, NGrams([], 1, 1), family.max_positions)
+        _check_scoring(config, unlimited, set(splits.splits), for_training)
+        bag = build_options(family, options, "model")
+        return Prepared(
+            config=config,
+            resolved=_resolved(config, objective_options, schedule_options, optimizer_options, bag, None),
+            splits=splits,
+            tokenizer=unlimited.tokenizer,
+            objective=unlimited,
+            datasets={},
+            model=None,
+            batch_plan=None,
+            num_steps=0,
+            schedule=schedule_class(schedule_options),
+            optimizer=optimizer_class(optimizer_options),
+            precision=precision,
+            device=device,
+            fingerprints={"data": splits.fingerprint},
+        )
     tokenizer = loaded.tokenizer if loaded is not None else _tokenizer(config, splits, draft)
     if tokenizer is None:
         raise ConfigError(f"model.from: {start} has no tokenizer; put its tokenizer.json into the folder")
     max_tokens = config.text.max_tokens
+    if loaded is not None and "fits" in loaded.model.capabilities:
+        if for_training:
+            raise ConfigError(f"model.from: {start} holds {loaded.family}, which is fitted once and never tuned")
+        max_tokens = loaded.model.max_positions  # it reads texts whole
     if loaded is None:
         model = fresh_model(config, family, options, tokenizer, config.seed)
         family_name = str(config.model["family"])
@@ -154,6 +180,22 @@ def prepare(
         device=device,
         fingerprints={"data": _data_fingerprint(datasets, splits), "tokenizer": tokenizer.fingerprint()},
     )
+
+
+def fits(config: RunConfig) -> bool:
+    """Whether the run's model is fitted in one go (`training.classical`), not trained step by step."""
+    family = config.model.get("family")
+    return family is not None and "fits" in lookup("model", str(family), "model.family").capabilities
+
+
+def _check_fits(config: RunConfig, objective: Any) -> None:
+    """Raises: ConfigError for what a model that is fitted in one go cannot do."""
+    family = config.model["family"]
+    task = getattr(objective, "task", None)
+    if task != "single-label":
+        raise ConfigError(f"objective.task: {task} given, {family} tells one label of several: single-label")
+    if config.adapter is not None:
+        raise ConfigError(f"adapter: {family} has no layers to adapt; remove the section")
 
 
 class Vocabulary(Protocol):

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,10 +39,11 @@ from isoform.storage import (
     write_json,
     write_text,
 )
+from isoform.training import classical
 from isoform.training.logs import RunLog, forget_after, open_trackers
 from isoform.training.loop import BEST_LOSS, BEST_METRIC, Loop, planned_rates
 from isoform.training.plan import warnings
-from isoform.training.prepare import Prepared, prepare
+from isoform.training.prepare import Prepared, fits, prepare
 from isoform.training.progress import Progress
 from isoform.training.step import autocast
 
@@ -56,9 +58,9 @@ FREE = {
     "train.keep_checkpoints",
     "train.log_every_steps",
     "evaluate.max_predictions",
+    "evaluate.train_examples",
 }
 
-    "evaluate.train_examples",
 
 @dataclass
 class RunResult:
@@ -85,19 +87,14 @@ def train(
     Raises: ConfigError (also: the folder holds another run), DataError, CheckpointError, LockedError, NonFiniteError,
     Stopped.
     """
+    if start is None and fits(config):
+        return fit_and_score(config, folder, precision=precision)
     accelerator = _accelerator()
     reads = Reads()
     if not accelerator.is_main_process:
         return _train(config, folder, accelerator, reads, resume=resume, start=start, precision=precision, quiet=True)
-    made = not folder.exists()
-    try:
-        with locked(folder), recording(reads):
-            return _train(
-                config, folder, accelerator, reads, resume=resume, start=start, precision=precision, quiet=quiet
-            )
-    finally:
-        if made and [path.name for path in folder.iterdir()] == [".lock"]:
-            remove(folder)  # refused before there was anything to keep
+    with _held(folder), recording(reads):
+        return _train(config, folder, accelerator, reads, resume=resume, start=start, precision=precision, quiet=quiet)
 
 
 def _accelerator() -> Accelerator:
@@ -174,6 +171,27 @@ def _train(
         log.close()
 
 
+def fit_and_score(config: RunConfig, folder: Path, *, precision: str | None = None) -> RunResult:
+    """Fits a classical model, in a run folder like any other: no step, each training text read once.
+
+    Raises: ConfigError, DataError, LockedError.
+    """
+    began, started = time.monotonic(), _now()
+    accelerator = _accelerator()
+    with _held(folder):
+        path = folder / "manifest.json"
+        earlier = read_json(path) if path.exists() else {}
+        run = prepare(config, precision=precision or earlier.get("precision"), device=accelerator.device)
+        _refuse_foreign(run, folder, earlier, resume=True)
+        if earlier.get("complete"):
+            return RunResult(folder, read_json(folder / "eval.json"), earlier)
+        run, trials = classical.fit(run)
+        fitted = time.monotonic() - began
+        splits = config.evaluate.splits or [name for name in run.datasets if name != "train"]
+        manifest = {**_manifest(run, accelerator, started), "tokens": len(run.datasets["train"]), "trials": trials}
+        return _score_once(run, folder, splits, manifest, {"training": fitted}, began)
+
+
 def score_as_is(config: RunConfig, folder: Path, *, precision: str | None = None) -> RunResult:
     """Scores a model that is not trained, in a run folder like any other: no step, no token.
 
@@ -183,16 +201,41 @@ def score_as_is(config: RunConfig, folder: Path, *, precision: str | None = None
     accelerator = _accelerator()
     with locked(folder):
         run = prepare(config, precision=precision, device=accelerator.device, for_training=False)
-        write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
-        manifest = _manifest(run, accelerator, started)
-        save_model(folder / "final", run.model, run.tokenizer)
-        rows = _score_all(run, run.model, config.evaluate.splits or list(run.datasets), folder, manifest)
-        write_json(folder / "eval.json", rows)
-        write_json(folder / "selections.json", {"final": "last", "selections": {"last": {"step": 0, "rows": rows}}})
-        manifest.update(steps=0, tokens=0, seconds={"training": 0.0, "total": time.monotonic() - began}, complete=True)
-        manifest.update(finished=_now(), final_sha256=sha256_file(weights_file(folder / "final")))
-        write_json(folder / "manifest.json", manifest)
+        manifest = {**_manifest(run, accelerator, started), "tokens": 0}
+        splits = config.evaluate.splits or list(run.datasets)
+        return _score_once(run, folder, splits, manifest, {"training": 0.0}, began)
+
+
+def _score_once(
+    run: Prepared,
+    folder: Path,
+    splits: list[str],
+    manifest: dict[str, Any],
+    seconds: dict[str, float],
+    began: float,
+) -> RunResult:
+    """Writes the folder of a model that is what it is: scored once, at step 0."""
+    write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
+    save_model(folder / "final", run.model, run.tokenizer)
+    rows = _score_all(run, run.model, splits, folder, manifest)
+    write_json(folder / "eval.json", rows)
+    write_json(folder / "selections.json", {"final": "last", "selections": {"last": {"step": 0, "rows": rows}}})
+    manifest.update(steps=0, seconds={**seconds, "total": time.monotonic() - began}, complete=True)
+    manifest.update(finished=_now(), final_sha256=sha256_file(weights_file(folder / "final")))
+    write_json(folder / "manifest.json", manifest)
     return RunResult(folder, rows, manifest)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """The folder, locked; it vanishes where the run is refused before there was anything to keep."""
+    made = not folder.exists()
+    try:
+        with locked(folder):
+            yield
+    finally:
+        if made and [path.name for path in folder.iterdir()] == [".lock"]:
+            remove(folder)
 
 
 # ---------------------------------------------------------------------------------- before the first step
@@ -366,8 +409,6 @@ def _score_all(
     return rows
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 def _temperature(run: Prepared, model: Any, labels: tuple[str, ...]) -> float | None:
     """The temperature fitted on the selection split; None where there is none. It is never fitted on test."""
     split = run.config.train.select.split
@@ -378,3 +419,5 @@ def _temperature(run: Prepared, model: Any, labels: tuple[str, ...]) -> float | 
     return watch.value()
 
 
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
