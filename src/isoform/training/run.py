@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -24,9 +24,6 @@ from isoform.checkpoints.folders import load_model, save_base, save_model, weigh
 from isoform.checkpoints.state import latest_state
 from isoform.config import RunConfig
 from isoform.errors import CheckpointError, ConfigError, DataError
-from isoform.evaluation.breakdown import Breakdown, Temperature
-from isoform.evaluation.evaluate import Evaluation, Thinned, Watch, evaluate
-from isoform.evaluation.predictions import writing
 from isoform.models.accounting import accounts
 from isoform.registry import Reads, recording
 from isoform.storage import (
@@ -45,6 +42,7 @@ from isoform.training.loop import BEST_LOSS, BEST_METRIC, Loop, planned_rates
 from isoform.training.plan import warnings
 from isoform.training.prepare import Prepared, fits, prepare
 from isoform.training.progress import Progress
+from isoform.training.scoring import score, score_all
 from isoform.training.step import autocast
 
 # Fields that a resume may change: they alter neither the weights nor what is measured.
@@ -141,7 +139,7 @@ def _train(
     log = RunLog(log_folder, trackers)
     try:
         with _progress(config, run, found.state.step if found else 0, quiet) as progress:
-            loop = Loop(run, folder, accelerator, log, lambda model, split: _score(run, model, split), progress)
+            loop = Loop(run, folder, accelerator, log, lambda model, split: score(run, model, split), progress)
             for what in damaged:
                 log.event("checkpoint-damaged", **what)
             if found is not None:
@@ -217,7 +215,7 @@ def _score_once(
     """Writes the folder of a model that is what it is: scored once, at step 0."""
     write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
     save_model(folder / "final", run.model, run.tokenizer)
-    rows = _score_all(run, run.model, splits, folder, manifest)
+    rows = score_all(run, run.model, splits, folder, manifest)
     write_json(folder / "eval.json", rows)
     write_json(folder / "selections.json", {"final": "last", "selections": {"last": {"step": 0, "rows": rows}}})
     manifest.update(steps=0, seconds={**seconds, "total": time.monotonic() - began}, complete=True)
@@ -321,36 +319,6 @@ def _progress(config: RunConfig, run: Prepared, start: int, quiet: bool) -> Prog
 # ---------------------------------------------------------------------------------- after the last step
 
 
-def _score(
-    run: Prepared,
-    model: Any,
-    split: str,
-    *,
-    keep: Callable[[dict[str, Any]], None] | None = None,
-    watch: Watch | None = None,
-) -> Evaluation:
-    """The metrics of one split with fixed draws, in the run's precision; keep: where rows of predictions go, if any."""
-    settings = run.config.evaluate
-    on_the_way = settings.train_examples if split == "train" else run.config.train.select.max_examples
-    most = on_the_way if keep is None and watch is None else settings.max_examples
-    return evaluate(
-        model,
-        run.objective,
-        Thinned(run.datasets[split], most),
-        split=split,
-        metrics=settings.metrics,
-        batch_tokens=settings.batch_tokens,
-        max_new_tokens=settings.max_new_tokens,
-        beams=settings.beams,
-        confidence=settings.confidence,
-        device=run.device,
-        autocast=lambda: autocast(run.precision, run.device),
-        keep_predictions=0 if keep is None else settings.max_predictions,
-        keep=keep,
-        watch=watch,
-    )
-
-
 def _finish(run: Prepared, folder: Path, scalars: dict[str, Any], manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Writes final/ and what it scores; beside it every other way to choose, scored on the same splits."""
     select = run.config.train.select
@@ -373,50 +341,12 @@ def _finish(run: Prepared, folder: Path, scalars: dict[str, Any], manifest: dict
         if step not in scored:
             model = load_model(folder / name, device=run.device).model
             target = folder if name == final else folder / name
-            scored[step] = _score_all(run, model, splits, target, manifest)
+            scored[step] = score_all(run, model, splits, target, manifest)
         selections[name] = {"step": step, "rows": scored[step]}
     save_model(folder / "final", load_model(folder / final).model, run.tokenizer)
     write_json(folder / "eval.json", scored[chosen[final]])
     write_json(folder / "selections.json", {"final": final, "selections": selections})
     return scored[chosen[final]]
-
-
-def _score_all(
-    run: Prepared, model: Any, splits: list[str], target: Path, manifest: dict[str, Any]
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    for split in splits:
-        if split not in run.datasets:
-            raise ConfigError(f"evaluate.splits: no split {split!r}; there are {', '.join(run.datasets)}")
-    is_final = target.name not in {"last", BEST_LOSS, BEST_METRIC}
-    # The labels of which each text has one, where that is what the objective tells.
-    labels = getattr(run.objective, "choices", ()) if is_final else ()
-    temperature = _temperature(run, model, labels) if labels else None
-    parts: dict[str, Any] = {}
-    with writing(target / "predictions.jsonl") as keep:
-        for split in splits:
-            fitted_here = split == run.config.train.select.split
-            watch = Breakdown(labels, None if fitted_here else temperature) if labels else None
-            rows += _score(run, model, split, keep=keep, watch=watch).rows
-            if watch is not None:
-                parts[split] = watch.values()
-    if parts:
-        fitted_on = None if temperature is None else run.config.train.select.split
-        about = {"temperature": temperature, "fitted_on": fitted_on, "splits": parts}
-        write_json(target / "breakdown.json", about)
-    if "test" in splits and is_final:
-        manifest["test_scored"] = int(manifest.get("test_scored", 0)) + 1
-    return rows
-
-
-def _temperature(run: Prepared, model: Any, labels: tuple[str, ...]) -> float | None:
-    """The temperature fitted on the selection split; None where there is none. It is never fitted on test."""
-    split = run.config.train.select.split
-    if split not in run.datasets or split in ("train", "test"):
-        return None
-    watch = Temperature(labels)
-    _score(run, model, split, watch=watch)
-    return watch.value()
 
 
 def _now() -> str:
