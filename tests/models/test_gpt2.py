@@ -197,6 +197,8 @@ def test_unknown_and_missing_tensors_are_named() -> None:
     [
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
         ("gpt2", {"activation_function": "mish"}, "activation_function 'mish' is not known"),
+        ("gpt2", {"attention_sinks": 4}, "attention_sinks is 4 and is not known for gpt2"),
+        ("neox", {"sliding_window": 8}, "sliding_window is 8 and is not known for gpt_neox"),
         ("neox", {"use_parallel_residual": True}, "use_parallel_residual is True"),
         ("neox", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4}}, "rope_type 'longrope'"),
     ],

@@ -132,6 +132,8 @@ def _leftovers(folder: Path) -> list[Finding]:
 
 
 def _pickles(folder: Path) -> list[Finding]:
+    if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+        return []  # loading refuses a model that is nothing else
     return [
         Finding("warning", f"{path}: a pickle, which can run code when it is opened", "never read here; delete it")
         for path in sources.pickles(folder)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isoform.errors import ConfigError
 from isoform.layers.position import sinusoids
-from isoform.models.hf_config import rope_parameters, rope_position
+from isoform.models.hf_config import refuse_unknown, rope_parameters, rope_position
 from isoform.models.names import Place, Table, same, transposed
 
 # Ours -> theirs; the first is written, all are read.
@@ -21,6 +21,18 @@ ACTIVATIONS = {
     "relu": ("relu",),
     "relu-squared": ("relu2",),
 }
+# Fields of config.json that are followed, refused by name, or concern other heads and nothing that is computed here.
+_READ_GPT2 = """
+activation_function add_cross_attention attn_pdrop embd_pdrop layer_norm_epsilon n_ctx n_embd n_head n_inner n_layer
+n_positions predict_special_tokens reorder_and_upcast_attn resid_pdrop scale_attn_by_inverse_layer_idx
+scale_attn_weights summary_activation summary_first_dropout summary_proj_to_labels summary_type summary_use_proj
+tie_word_embeddings vocab_size
+"""
+_READ_NEOX = """
+attention_bias attention_dropout classifier_dropout hidden_act hidden_dropout hidden_size intermediate_size
+layer_norm_eps max_position_embeddings num_attention_heads num_hidden_layers partial_rotary_factor rope_parameters
+rope_scaling rope_theta rotary_emb_base rotary_pct tie_word_embeddings use_parallel_residual vocab_size
+"""
 
 
 def choose(config: Any) -> tuple[str | None, str | None]:
@@ -92,6 +104,7 @@ def read_config(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_gpt2(given: Mapping[str, Any]) -> dict[str, Any]:
+    refuse_unknown(given, _READ_GPT2.split())
     _refuse(given, "scale_attn_weights", True)
     _refuse(given, "scale_attn_by_inverse_layer_idx", False)
     _refuse(given, "add_cross_attention", False)
@@ -111,6 +124,7 @@ def _read_gpt2(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_neox(given: Mapping[str, Any]) -> dict[str, Any]:
+    refuse_unknown(given, _READ_NEOX.split())
     _refuse(given, "use_parallel_residual", False, default=True)
     _refuse(given, "attention_bias", True)
     fraction = given.get("rotary_pct", 0.25)
