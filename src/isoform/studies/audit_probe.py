@@ -6,6 +6,7 @@ A stage that starts from another begins here from the first stage's model before
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 import tempfile
 from functools import cached_property
@@ -113,9 +114,9 @@ class Probe:
         for step in range(PROBE_STEPS):
             batch = copy.copy(self.batch)
             batch.dropout_key = chance.key64(run.config.seed, "dropout", step)
-            if batch.source is not None:
-                batch.source = copy.copy(batch.source)
-                batch.source.dropout_key = batch.dropout_key
+            for name in ("source", "rival"):
+                if getattr(batch, name) is not None:
+                    setattr(batch, name, dataclasses.replace(getattr(batch, name), dropout_key=batch.dropout_key))
             accumulate(module, [batch], counts, precision="fp32", device=CPU)
             if step == PROBE_STEPS - 1:
                 for parameter in names.values():
@@ -249,8 +250,8 @@ def _same_samples(first: Probe, second: Probe) -> bool:
 
 def _key(sample: Sample) -> SampleKey:
     arrays = [sample.tokens, sample.targets, sample.segments]
-    source = None if sample.source is None else _key(sample.source)
-    return (*(None if a is None else a.tobytes() for a in arrays), sample.label, sample.weight, sample.prefix, source)
+    beside = [None if other is None else _key(other) for other in (sample.source, sample.rival)]
+    return (*(None if a is None else a.tobytes() for a in arrays), sample.label, sample.weight, sample.prefix, *beside)
 
 
 def _same_evaluation(first: Probe, second: Probe) -> bool:
