@@ -13,6 +13,8 @@ from isoform.config import DataConfig
 from isoform.data.passport import passport, render
 from isoform.data.sources import open_source
 from isoform.data.splits import load_splits
+from isoform.errors import DataError
+from isoform.text.kinds import Bpe
 from isoform.text.tokenizers import TextTokenizer
 
 LONG = "the old house by the river stood empty for many years until a family of painters moved in one spring"
@@ -31,6 +33,26 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": LONG, "label": "neg"}) + "\n")
     return tmp_path
+
+
+def test_answers_of_conversations_are_counted_as_the_template_writes_them(tmp_path: Path) -> None:
+    words = ["user assistant hi Hello there and so on"] * 3
+    tokenizer = Bpe.train(Bpe.Config(vocab_size=300, special=("pad", "bos", "eos")), words)
+    turn = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "Hello there"}]
+    rows = [{"messages": turn}, {"messages": turn * 3}, {"messages": turn[:1]}]
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    source = open_source(str(path), DataConfig(), ("messages",))
+    answer = len(tokenizer.encode("Hello there")) + 1
+    whole = passport(source, tokenizer)["sources"][0]["conversations"]
+    assert whole == {"documents": 3, "without_answer": 1, "answer_tokens": 4 * answer, "answer_tokens_lost": 0}
+    one = len(tokenizer.encode("user\nhi")) + len(tokenizer.encode("\n")) + len(tokenizer.encode("assistant\n")) + 3
+    cut = passport(source, tokenizer, one + answer)["sources"][0]
+    assert cut["conversations"]["answer_tokens_lost"] == 2 * answer
+    assert cut["lengths"]["quantiles"]["0.5"] == one + answer
+    path.write_text(json.dumps({"messages": turn[1:]}))
+    with pytest.raises(DataError, match=r"chat.jsonl:1: message 1 is of the role assistant"):
+        passport(source, tokenizer)
 
 
 def test_counts(folder: Path, characters: TextTokenizer) -> None:

@@ -38,9 +38,9 @@ class Dataset:
     """Encoded documents, or windows of them, by index.
 
     report: {documents, samples, tokens, bytes, unknown_tokens, documents_cut, documents_truncated, tokens_dropped,
-    documents_empty, longest_tokens}, and where the objective counts what it asks of a document {targets, targets_lost,
-    documents_unasked: those that lose every target and are left out}. fingerprint: the hash of everything that decides the content. fields: those that
-    `field_lengths` names even where no document has them.
+    documents_empty, longest_tokens}; where the objective counts what it asks of a document also {targets, targets_lost,
+    documents_unasked}, the last being those that lose every target and are left out. fingerprint: the hash of
+    everything that decides the content. fields: those that `field_lengths` names even where no document has them.
     """
 
     def __init__(self, folder: Path, fields: Sequence[str] = ()) -> None:

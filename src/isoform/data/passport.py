@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from isoform.contracts import Document, Source
+from isoform.contracts import Document, IntArray, Source
 from isoform.data.blocks import blocks
 from isoform.data.identity import Occurrences, input_hash
 from isoform.data.near import near_pairs, sketch
 from isoform.data.overlap import find_overlap, input_text, place
 from isoform.data.splits import SplitSources
+from isoform.errors import DataError
+from isoform.text.chat import TEMPLATE, chat_tokens, conversation
+from isoform.text.conversations import conversation_of
 from isoform.text.tokenizers import TextTokenizer
 
 if TYPE_CHECKING:
@@ -26,6 +29,14 @@ MAX_EXAMPLES = 5
 # Near duplicates within a source are looked for among so many documents: the first ones, where there are more.
 MAX_COMPARED = 200_000
 EXCERPT_CHARACTERS = 160
+# Fields that together are a conversation.
+CONVERSATIONS = (("messages",), ("conversations",), ("instruction", "output"))
+SPOKEN = {
+    "documents": "conversations",
+    "without_answer": "conversations without an answer",
+    "answer_tokens": "answer tokens",
+    "answer_tokens_lost": "answer tokens beyond max_tokens",
+}
 
 
 def passport(
@@ -39,8 +50,11 @@ def passport(
 
     {sources: [{name, split, fingerprint, documents, empty_documents, characters, bytes, fields, labels, tokens,
     tokens_per_byte, unknown_fraction, lengths: {unit, quantiles}, longer_than_max: {max_tokens, documents, fraction,
-    tokens_lost_fraction}, exact_duplicates, near_duplicates, compared_documents, examples}], overlap: [...]}
+    tokens_lost_fraction}, conversations: {documents, without_answer, answer_tokens, answer_tokens_lost},
+    exact_duplicates, near_duplicates, compared_documents, examples}], overlap: [...]}
 
+    Conversations are measured as the tokenizer's chat template writes them, or ours where it has none but could end an
+    answer; their tokens that are lost are those of answers beyond max_tokens.
     near_fraction: share of words in common from which two documents are near duplicates.
     """
     splits = data.splits if isinstance(data, SplitSources) else {"": data}
@@ -60,8 +74,11 @@ def sorted_splits(splits: Mapping[str, Source]) -> dict[str, Source]:
 class _Counts:
     """What one pass over the documents counts."""
 
-    def __init__(self, tokenizer: TextTokenizer | None) -> None:
+    def __init__(self, tokenizer: TextTokenizer | None, max_tokens: int | None) -> None:
         self._tokenizer = tokenizer
+        self._speaking = None if tokenizer is None else _speaking(tokenizer)
+        self._max_tokens = max_tokens
+        self.conversations = self.without_answer = self.answer_tokens = self.answer_tokens_lost = 0
         self._occurrences = Occurrences()
         self.documents = self.empty = self.characters = self.bytes = self.tokens = self.unknown = self.repeated = 0
         self.fields: Counter[str] = Counter()
@@ -100,19 +117,48 @@ class _Counts:
     def _count_tokens(self, block: list[Document]) -> None:
         if self._tokenizer is None:
             return
-        texts = [[text for name, text in document.fields.items() if name != "label"] for document in block]
+        spoken = [self._conversation(document) for document in block]
+        texts = [
+            [] if written is not None else [text for name, text in document.fields.items() if name != "label"]
+            for document, written in zip(block, spoken, strict=True)
+        ]
         encoded = iter(self._tokenizer.encode_many([text for some in texts for text in some]))
-        for some in texts:
-            ids = [next(encoded) for _ in some]
+        for some, written in zip(texts, spoken, strict=True):
+            ids = [next(encoded) for _ in some] if written is None else [written]
             self.lengths.append(sum(len(one) for one in ids))
             self.unknown += sum(self._tokenizer.count_unknown(one) for one in ids)
         self.tokens += sum(self.lengths[-len(block) :])
+
+    def _conversation(self, document: Document) -> IntArray | None:
+        """The ids of a document that is a conversation, its answers counted. Raises: DataError with source and row."""
+        if self._speaking is None or not any(set(way) <= document.fields.keys() for way in CONVERSATIONS):
+            return None
+        try:
+            messages = conversation_of(document.fields)
+            written = conversation(self._speaking, messages)
+            ids = written.ids if written.answers else chat_tokens(self._speaking, messages)
+        except DataError as error:
+            raise DataError(f"{place(document)}: {error}") from None
+        limit = len(ids) if self._max_tokens is None else self._max_tokens
+        self.conversations += 1
+        self.without_answer += not written.answers
+        for first, end in written.answers.values():
+            self.answer_tokens += end - first
+            self.answer_tokens_lost += max(0, end - max(first, limit))
+        return ids
+
+
+def _speaking(tokenizer: TextTokenizer) -> TextTokenizer | None:
+    """The tokenizer with a chat template, its own or ours; None where ours could not end an answer."""
+    if tokenizer.chat_template is None and "eos" not in tokenizer.special:
+        return None
+    return TextTokenizer(tokenizer.backend, tokenizer.special, tokenizer.chat_template or TEMPLATE)
 
 
 def _passport(
     split: str, source: Source, tokenizer: TextTokenizer | None, max_tokens: int | None, near_fraction: float
 ) -> dict[str, Any]:
-    counts = _Counts(tokenizer)
+    counts = _Counts(tokenizer, max_tokens)
     sketches = sketch(counts.texts(source))
     pairs = near_pairs(sketches, near_fraction)
     lengths = np.array(counts.lengths)
@@ -147,6 +193,13 @@ def _passport(
     if tokenizer is not None:
         result["tokens"] = counts.tokens
         result["tokens_per_byte"] = counts.tokens / max(1, counts.bytes)
+        if counts.conversations:
+            result["conversations"] = {
+                "documents": counts.conversations,
+                "without_answer": counts.without_answer,
+                "answer_tokens": counts.answer_tokens,
+                "answer_tokens_lost": counts.answer_tokens_lost,
+            }
         result["unknown_fraction"] = counts.unknown / max(1, counts.tokens)
         if max_tokens is not None:
             over = np.maximum(lengths - max_tokens, 0)
@@ -207,12 +260,18 @@ def _rows(sources: list[dict[str, Any]]) -> Iterator[tuple[str, list[str]]]:
         name = {"0.0": "shortest", "0.5": "median", "1.0": "longest"}.get(share, f"{float(share):.0%} at most")
         yield row(f"length, {name} ({unit})", lambda source, share=share: f"{source['lengths']['quantiles'][share]:,}")
     yield row("longer than max_tokens", lambda source: _longer(source.get("longer_than_max")))
+    for name, words in SPOKEN.items():
+        yield row(words, lambda source, name=name: _spoken(source.get("conversations"), name))
     yield row("exact duplicates", lambda source: f"{source['exact_duplicates']:,}")
     yield row("near duplicates", lambda source: _near(source))
     labels = dict.fromkeys(label for source in sources for label in source["labels"])
     for label in labels:
         yield row(f"label {label}", lambda source, label=label: f"{source['labels'].get(label, 0):,}")
     yield row("fingerprint", lambda source: source["fingerprint"])
+
+
+def _spoken(conversations: dict[str, int] | None, name: str) -> str:
+    return f"{conversations[name]:,}" if conversations else ""
 
 
 def _longer(longer: dict[str, Any] | None) -> str:

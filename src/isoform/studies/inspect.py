@@ -14,7 +14,18 @@ from isoform.registry import component, names
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
 
 # Any one of these sets of fields makes a document worth looking at.
-FIELDS = (("question", "answer"), ("text", "label"), ("text",), ("question",))
+FIELDS = (
+    ("question", "answer"),
+    ("text", "label"),
+    ("messages",),
+    ("conversations",),
+    ("instruction", "input", "output"),
+    ("instruction", "output"),
+    ("prompt", "chosen", "rejected"),
+    ("chosen", "rejected"),
+    ("text",),
+    ("question",),
+)
 
 
 def inspect(
