@@ -32,7 +32,7 @@ from isoform.training.guards import Interrupts
 from isoform.training.logs import RunLog
 from isoform.training.prepare import Prepared
 from isoform.training.progress import Progress
-from isoform.training.step import LossModule, accumulate, set_rates
+from isoform.training.step import LossModule, accumulate, set_rates, trained_parameters
 
 # A folder beside the checkpoints for each way to choose one: the best by the selected metric, and by loss.
 BEST_METRIC = "best-metric"
@@ -68,7 +68,9 @@ class Loop:
         self.evaluate = evaluate
         self.progress = progress
         self.train = run.config.train
-        self.names = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+        self.names = trained_parameters(run.model, run.objective)
+        helper = run.objective.helper
+        self.companion: nn.Module | None = None if helper is None else helper.companion
         self.optimizers = run.optimizer.build(self.names, self.train.learning_rate)
         self.module: nn.Module = accelerator.prepare(LossModule(run.model, run.objective))
         self.micro_batch_tokens = self.train.micro_batch_tokens
@@ -84,6 +86,8 @@ class Loop:
         with torch.no_grad():
             for name, tensor in kept_tensors(self.run.model).items():
                 tensor.copy_(found.tensors[name])
+        if self.companion is not None:
+            self.companion.load_state_dict(found.companion)
         restore_optimizer(self.optimizers, self.names, found.state.optimizer)
         self.state = found.state
         restore_random_streams(self.state.rng)
@@ -308,6 +312,7 @@ class Loop:
                 self.run.tokenizer,
                 self.state,
                 keep=self.train.keep_checkpoints,
+                companion={} if self.companion is None else self.companion.state_dict(),
             )
         self.accelerator.wait_for_everyone()
         self._saved_at = time.monotonic()

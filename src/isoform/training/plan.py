@@ -18,7 +18,7 @@ from isoform.training import classical
 from isoform.training.feed import Feed
 from isoform.training.loop import planned_rates
 from isoform.training.prepare import Prepared, fits, prepare
-from isoform.training.step import LossModule, accumulate, autocast, set_rates
+from isoform.training.step import LossModule, accumulate, autocast, set_rates, trained_parameters
 
 # The probe: steps that warm the machine up, then steps that are timed until one of the two limits.
 WARM_STEPS = 2
@@ -149,7 +149,7 @@ def _seconds_per_step(run: Prepared) -> float:
     assert run.batch_plan is not None
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
     module = LossModule(run.model, run.objective)
-    names = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    names = trained_parameters(run.model, run.objective)
     optimizers = run.optimizer.build(names, train.learning_rate)
     feed = Feed(
         run.datasets["train"],

@@ -17,20 +17,21 @@ import torch
 from isoform import machine
 from isoform.checkpoints.adapters import merge
 from isoform.checkpoints.folders import load_model
-from isoform.checkpoints.sources import is_named
 from isoform.config import DataConfig, RunConfig
 from isoform.contracts import Objective, Source
 from isoform.data.corpus import Dataset, build_dataset
 from isoform.data.plan import BatchPlan
 from isoform.data.splits import SplitSources, load_splits
 from isoform.errors import ConfigError
-from isoform.models.lora import active_adapter
+from isoform.models.depth import keep_layers
+from isoform.models.lora import active_adapter, base_fingerprint
 from isoform.objectives.routing import with_routing
 from isoform.registry import build_options, component, lookup, names
 from isoform.storage import fingerprint
 from isoform.text.ngrams import NGrams
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
 from isoform.training.optimizers import Optimizer
+from isoform.training.origins import model_section, other_models
 from isoform.training.schedules import Schedule
 
 # What a stage falls back to when the config names neither a number of steps nor of epochs, nor a batch size.
@@ -64,7 +65,7 @@ class Prepared:
     precision: str
     device: torch.device
     fingerprints: dict[str, str]
-    # data, tokenizer
+    # data, tokenizer, and each model that the objective needs beside the trained one
 
     def factor(self, step: int) -> float:
         """The schedule's share of the peak rate at `step`."""
@@ -92,7 +93,8 @@ def prepare(
     adapter = None if config.adapter is None else component("adapter", config.adapter, "adapter")
     for tracker in config.track:
         lookup("tracker", tracker, "track")
-    family, options, start = _model_section(config, start)
+    family, options, start = model_section(config, start)
+    layers = options.pop("layers", None) if family is None else None
     device = device or machine.choose_device()
     precision = precision or machine.choose_precision(config.train.precision, device.type)
 
@@ -143,6 +145,8 @@ def prepare(
         model, family_name = loaded.model, loaded.family
     if for_training and active_adapter(model) is not None:
         model = merge(model).model  # what an earlier stage has learned is part of this one's base
+    if layers is not None:
+        model = keep_layers(model, layers)
     limit = model.max_positions
     if limit is not None and limit < max_tokens:
         raise ConfigError(f"text.max_tokens: {max_tokens} given, but the model has {limit} positions; lower it")
@@ -150,6 +154,9 @@ def prepare(
     _check_scoring(config, objective, set(splits.splits), for_training)
     _check_ability(config, objective, model, family_name)
     model = objective.fitted(model, config.seed)
+    others = other_models(config, objective) if for_training else {}
+    if objective.helper is not None and for_training:
+        objective.helper.join(others, model, config.seed)
     objective = with_routing(objective, model)
     datasets = _datasets(
         config,
@@ -178,7 +185,11 @@ def prepare(
         optimizer=optimizer_class(optimizer_options),
         precision=precision,
         device=device,
-        fingerprints={"data": _data_fingerprint(datasets, splits), "tokenizer": tokenizer.fingerprint()},
+        fingerprints={
+            "data": _data_fingerprint(datasets, splits),
+            "tokenizer": tokenizer.fingerprint(),
+            **{option: base_fingerprint(other.model) for option, other in others.items()},
+        },
     )
 
 
@@ -280,27 +291,6 @@ def _check_scoring(config: RunConfig, objective: Objective, splits: set[str], fo
     if select.split not in splits - {"train"}:
         known = ", ".join(sorted(splits - {"train"})) or "none beside train"
         raise ConfigError(f"train.select.split: no split {select.split!r}; the data has {known}")
-
-
-def _model_section(config: RunConfig, start: Path | None) -> tuple[type[Any] | None, dict[str, Any], Path | None]:
-    """(family to build, its options, folder to start from): exactly one of the first and the last is given."""
-    options = dict(config.model)
-    origin = options.pop("from", None)
-    if start is None and origin is None:
-        name = options.pop("family", None)
-        if name is None:
-            raise ConfigError(f"model: `family` or `from` is expected; families: {', '.join(names('model'))}")
-        return lookup("model", name, "model.family"), options, None
-    if start is None:
-        if options:
-            raise ConfigError(
-                f"model.{next(iter(options))}: given beside `from: {origin}`; the shape of existing weights is fixed, "
-                "remove one of the two"
-            )
-        start = Path(str(origin))
-        if config.data.root is not None and not start.exists() and not is_named(start):
-            start = Path(config.data.root) / start
-    return None, {}, start
 
 
 def _tokenizer(config: RunConfig, splits: SplitSources, objective: Objective) -> TextTokenizer:

@@ -40,17 +40,19 @@ from isoform.training import classical
 from isoform.training.logs import RunLog, forget_after, open_trackers
 from isoform.training.loop import BEST_LOSS, BEST_METRIC, Loop, planned_rates
 from isoform.training.plan import warnings
-from isoform.training.prepare import Prepared, fits, prepare
+from isoform.training.prepare import Prepared, cache_folder, fits, prepare
 from isoform.training.progress import Progress
 from isoform.training.scoring import score, score_all
 from isoform.training.step import autocast
 
-# Fields that a resume may change: they alter neither the weights nor what is measured.
+# Fields that a resume may change: they alter neither the weights nor what is measured. Another path to the teacher is
+# none of them by itself, its fingerprint tells whether it is the same one.
 FREE = {
     "name",
     "about",
     "track",
     "data.root",
+    "objective.teacher",
     "train.checkpoint_every_steps",
     "train.checkpoint_every_seconds",
     "train.keep_checkpoints",
@@ -131,6 +133,14 @@ def _train(
         write_json(manifest_path, _manifest(run, accelerator, earlier.get("started", started)))
         save_base(folder / "base", run.model, run.tokenizer)
     accelerator.wait_for_everyone()
+    if run.objective.helper is not None:
+        run.objective.helper.rehearse(
+            run.datasets["train"],
+            cache_folder(),
+            run.device,
+            run.precision,
+            lambda: autocast(run.precision, run.device),
+        )
     damaged: list[dict[str, Any]] = []
     found = latest_state(folder / "checkpoints", lambda kind, **what: damaged.append(what)) if resume else None
     forget_after(folder, found.state.step if found else -1) if accelerator.is_main_process else None
