@@ -138,7 +138,7 @@ def fast_bf16() -> bool:
     """
     import torch
 
-    cache = _cache_folder() / "machine.json"
+    cache = cache_folder() / "machine.json"
     key = f"{cpu_model()} | torch {torch.__version__}"
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
@@ -184,7 +184,7 @@ def bf16_speedup() -> float:
     return best[product_fp32] / best[product_bf16]
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "isoform"
 
 

@@ -117,6 +117,8 @@ class Block(nn.Module):
         self.norm_first = norm_first
         self.attention_norm, self.attention = attention_norm, attention
         self.feedforward_norm, self.feedforward = feedforward_norm, feedforward
+        for norm in (attention_norm, feedforward_norm):
+            norm.narrow = norm_first  # type: ignore[assignment]
         self.attention_dropout, self.feedforward_dropout = Dropout(dropout), Dropout(dropout)
 
     def forward(self, hidden: Tensor, stream: Stream) -> Tensor:

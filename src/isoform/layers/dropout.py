@@ -45,8 +45,7 @@ def keep_mask(keys: Tensor, columns: int, rate: float) -> Tensor:
 
     bits = mix32((low(key) xor hash(column pair)) * (high(key) | 1)), 16 of the 32 for each column of the pair.
     """
-    half = (columns + 1) // 2
-    column = mix64(torch.arange(1, half + 1, device=keys.device) * _GOLDEN).to(torch.int32)
+    column = column_hashes(columns, keys.device)
     low = keys.to(torch.int32).unsqueeze(-1)
     high = (keys >> 32).to(torch.int32).unsqueeze(-1) | 1
     bits = (low ^ column).mul_(high)
@@ -54,16 +53,22 @@ def keep_mask(keys: Tensor, columns: int, rate: float) -> Tensor:
     bits *= _MIX_32
     bits ^= (bits >> 16) & (2**16 - 1)
     lanes = bits.view(torch.int16)
-    return (lanes >= _threshold(rate))[..., :columns]
+    return (lanes >= drop_threshold(rate))[..., :columns]
 
 
-def _threshold(rate: float) -> int:
+def column_hashes(columns: int, device: torch.device) -> Tensor:
+    """int32 `(columns / 2,)`, rounded up: the hash of each pair of columns."""
+    return mix64(torch.arange(1, (columns + 1) // 2 + 1, device=device) * _GOLDEN).to(torch.int32)
+
+
+def drop_threshold(rate: float) -> int:
+    """The 16-bit number below which an element falls out."""
     return min(round(rate * 65_536), 65_535) - 32_768
 
 
 def kept_inverse(rate: float) -> float:
     """1 / (the exact probability of staying), by which what stays is multiplied."""
-    return 65_536 / (32_768 - _threshold(rate))
+    return 65_536 / (32_768 - drop_threshold(rate))
 
 
 @dataclass(frozen=True, slots=True)

@@ -123,10 +123,10 @@ class MixtureOfExperts(nn.Module):
 
     def _expert(self, hidden: Tensor, up: Tensor, down: Tensor, gate: Tensor | None = None) -> Tensor:
         inner = nn.functional.linear(hidden, up)
-        if gate is None:
-            inner = self.expert.activation(inner)
+        if gate is not None and issubclass(self.expert, Gated):
+            inner = self.expert.gated_by(nn.functional.linear(hidden, gate), inner)
         else:
-            inner = self.expert.activation(nn.functional.linear(hidden, gate)) * inner
+            inner = self.expert.activation(inner)
         return nn.functional.linear(inner, down)
 
 

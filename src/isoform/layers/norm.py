@@ -1,4 +1,7 @@
-"""Normalisation over the width: LayerNorm and RMSNorm."""
+"""Normalisation over the width: LayerNorm and RMSNorm.
+
+A norm whose output goes into projections alone is `narrow`: under autocast it comes in the precision that they take.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from isoform.layers import fused
 from isoform.registry import Options, register
 
 
@@ -26,12 +30,13 @@ class LayerNorm(nn.Module):
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
-        self.eps = config.eps
+        self.eps, self.narrow = config.eps, False
         self.weight = nn.Parameter(torch.empty(width))
         self.bias = nn.Parameter(torch.empty(width)) if config.bias else None
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps)
+        fast = fused.norm(hidden, self.weight, self.bias, self.eps, centred=True, narrow=self.narrow)
+        return F.layer_norm(hidden, self.weight.shape, self.weight, self.bias, self.eps) if fast is None else fast
 
 
 @register("norm", "rmsnorm")
@@ -49,8 +54,9 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: Config, width: int) -> None:
         super().__init__()
-        self.eps = config.eps
+        self.eps, self.narrow = config.eps, False
         self.weight = nn.Parameter(torch.empty(width))
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
+        fast = fused.norm(hidden, self.weight, None, self.eps, centred=False, narrow=self.narrow)
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps) if fast is None else fast

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isoform.errors import ConfigError
+from isoform.layers import fused
 from isoform.layers.init import embedding
 from isoform.layers.rope_scaling import Scaling
 from isoform.registry import Options, register
@@ -240,6 +241,9 @@ def inverse_frequencies(channels: int, base: float, device: torch.device) -> Ten
 
 def rotate_half_split(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The first 2 r/2 channels of `states (n, h, k)` turned; cos and sin `(n, 1, r/2)`."""
+    fast = fused.rotate(states, cos, sin)
+    if fast is not None:
+        return fast
     half = cos.shape[-1]
     first, second, rest = states[..., :half], states[..., half : 2 * half], states[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from isoform.contracts import IGNORE, Batch, Document, Helper, LossPart, Model, Output, Tokenizer
-from isoform.layers import ragged
+from isoform.layers import fused, ragged
 
-# Logits made at once: 64 MB in fp32. Where nothing is kept for a backward pass, this bounds the memory of the loss.
-CHUNK_LOGITS = 1 << 24
+# Logits made at once: 16 MB in fp32, which malloc gives again and again where larger pieces come from the system anew.
+CHUNK_LOGITS = 1 << 22
 # oneDNN builds a kernel for each new number of rows, so the places that are asked are rounded up to one in so many.
 FRIENDLY_PLACES = 64
 
@@ -28,10 +28,27 @@ def logit_chunks(model: Model, hidden: Tensor, targets: Tensor) -> Iterator[tupl
 
     Shapes: hidden (m, d), targets (m,); yields (c, v) and (c,).
     """
+    for logits, some_targets in _chunks(model, hidden, targets):
+        yield _wide(logits), some_targets
+
+
+def _chunks(model: Model, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same in the precision that the model gives them."""
     rows = max(1, CHUNK_LOGITS // model.config.vocab_size)
     for some_hidden, some_targets in zip(torch.split(hidden, rows), torch.split(targets, rows), strict=True):
-        logits = model.logits(some_hidden)
-        yield (logits if logits.dtype == torch.float64 else logits.float()), some_targets
+        yield model.logits(some_hidden), some_targets
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _nats(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) of each row `(m,)`, at least in fp32; 0 where it is IGNORE."""
+    fast = fused.nats(logits, targets)
+    if fast is not None:
+        return fast
+    return functional.cross_entropy(_wide(logits), targets, reduction="none", ignore_index=IGNORE)
 
 
 class TokenObjective:
@@ -66,12 +83,9 @@ class TokenObjective:
         """The weighted sum of -log p(target), in nats."""
         asked, targets, weights = asked_places(batch)
         places, padded = rounded_up(asked, targets)
-        losses = torch.cat(
-            [
-                functional.cross_entropy(logits, some, reduction="none", ignore_index=IGNORE)
-                for logits, some in logit_chunks(model, output.hidden[places], padded)
-            ]
-        )[: len(asked)]
+        losses = torch.cat([_nats(logits, some) for logits, some in _chunks(model, output.hidden[places], padded)])[
+            : len(asked)
+        ]
         return {"loss": LossPart((losses if weights is None else losses * weights).sum())}
 
     def statistics(self, model: Model, batch: Batch, output: Output) -> dict[str, Tensor]:
@@ -79,8 +93,8 @@ class TokenObjective:
         asked, targets, _ = asked_places(batch)
         nats, correct = [], []
         places, padded = rounded_up(asked, targets)
-        for logits, some in logit_chunks(model, output.hidden[places], padded):
-            nats.append(functional.cross_entropy(logits, some, reduction="none", ignore_index=IGNORE))
+        for logits, some in _chunks(model, output.hidden[places], padded):
+            nats.append(_nats(logits, some))
             correct.append(logits.argmax(-1) == some)
         sequence = ragged.rows(batch.sequences, torch.device("cpu"))[asked.cpu()]
 

@@ -1,0 +1,319 @@
+"""The C++ kernels as differentiable functions, each with the condition under which it stands in for plain torch.
+
+Every function returns None where the kernels do not serve what it is given; the caller then takes the plain way. The
+formulas stand with the callers, in `norm`, `feedforward`, `position` and `attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isoform.contracts import IGNORE, Sequences
+from isoform.layers import ragged
+from isoform.layers.dropout import DropoutSite, column_hashes, drop_threshold, kept_inverse
+from isoform.layers.kernels import AttentionCall, Drop, Library, serves
+
+# Shorter sequences, such as single tokens in decoding, leave the matrix tiles empty.
+MIN_QUERIES = 8
+# The scores of 32 queries with so many keys fit into a second-level cache; wider heads do not fill up to 32 channels.
+MAX_KEYS, MAX_HEAD_WIDTH = 8192, 256
+
+
+# -------------------------------------------------------------------------------------------------------- normalisation
+
+
+def norm(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, eps: float, *, centred: bool, narrow: bool
+) -> Tensor | None:
+    """LayerNorm (centred) or RMSNorm of `(..., d)`; narrow: under autocast the result is in its precision."""
+    library = serves(hidden, weight, bias)
+    if library is None or weight.dtype != torch.float32 or (bias is not None and bias.dtype != torch.float32):
+        return None
+    autocast = torch.is_autocast_enabled("cpu")
+    if not autocast and hidden.dtype != torch.float32:
+        return None
+    dtype = torch.get_autocast_dtype("cpu") if autocast and narrow else torch.float32
+    if dtype not in (torch.float32, torch.bfloat16):
+        return None
+    output: Tensor = _Norm.apply(hidden, weight, bias, eps, centred, dtype, library)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        centred: bool,
+        dtype: torch.dtype,
+        library: Library,
+    ) -> Tensor:
+        x = hidden.contiguous()
+        d = x.shape[-1]
+        n = x.numel() // d
+        output = torch.empty(x.shape, dtype=dtype)
+        mean, inverse = torch.empty(n), torch.empty(n)
+        library.call(
+            "norm_forward", (x.dtype, dtype), x, weight, bias, output, mean, inverse, n, d, eps, centred, _threads()
+        )
+        ctx.save_for_backward(x, weight, mean, inverse)
+        ctx.centred, ctx.shifted, ctx.library = centred, bias is not None, library
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight, mean, inverse = ctx.saved_tensors
+        grad = grad.contiguous()
+        dx, dweight = torch.empty_like(x), torch.empty_like(weight)
+        dbias = torch.empty_like(weight) if ctx.shifted else None
+        d = x.shape[-1]
+        given = (grad, x, weight, mean, inverse, dx, dweight, dbias, x.numel() // d, d, ctx.centred, _threads())
+        ctx.library.call("norm_backward", (x.dtype, grad.dtype), *given)
+        return dx, dweight, dbias, None, None, None, None
+
+
+# --------------------------------------------------------------------------------------------------- gated activations
+
+
+def gated(name: str, gate: Tensor, up: Tensor) -> Tensor | None:
+    """act(gate) * up, name being silu, gelu or gelu_tanh; in bfloat16 alone.
+
+    Only the inputs are kept for the backward pass; torch would keep act(gate) too.
+    """
+    library = serves(gate, up)
+    if library is None or gate.dtype != torch.bfloat16 or up.dtype != torch.bfloat16:
+        return None
+    output: Tensor = _Gated.apply(name, gate, up, library)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, gate: Tensor, up: Tensor, library: Library) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        output = torch.empty_like(gate)
+        library.call(name, (gate.dtype,), gate, up, output, *_rows(gate), _threads())
+        ctx.save_for_backward(gate, up)
+        ctx.name, ctx.library = name, library
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        given = (grad.contiguous(), gate, up, dgate, dup, *_rows(gate), _threads())
+        ctx.library.call(f"{ctx.name}_backward", (gate.dtype,), *given)
+        return None, dgate, dup, None
+
+
+# ----------------------------------------------------------------------------------------------------- rotary positions
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor | None:
+    """The first channels of each head turned: states `(n, h, k)`, cos and sin `(n, 1, r/2)`."""
+    library = serves(states, cos, sin)
+    if library is None or len(cos) != len(states):
+        return None
+    output: Tensor = _Rotate.apply(states, cos.float(), sin.float(), library)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, library: Library) -> Tensor:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        ctx.save_for_backward(cos, sin)
+        ctx.library = library
+        return _turned(states, cos, sin, 1.0, library)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turned(grad, cos, sin, -1.0, ctx.library), None, None, None
+
+
+def _turned(states: Tensor, cos: Tensor, sin: Tensor, sign: float, library: Library) -> Tensor:
+    turned = states.clone(memory_format=torch.contiguous_format)
+    n, heads, width = turned.shape
+    library.call(
+        "rotate", (turned.dtype,), turned, cos, sin, n, heads, heads * width, width, cos.shape[-1], sign, _threads()
+    )
+    return turned
+
+
+# -------------------------------------------------------------------------------------------------------- cross-entropy
+
+
+def nats(logits: Tensor, targets: Tensor) -> Tensor | None:
+    """-log softmax(logits)[target] of each row, float32 `(m,)`, 0 where it is IGNORE; logits `(m, v)`.
+
+    No float32 copy of the logits is made, forward or backward.
+    """
+    library = serves(logits, targets)
+    if library is None or logits.ndim != 2 or not len(logits):
+        return None
+    losses: Tensor = _Nats.apply(logits, targets, library)  # type: ignore[no-untyped-call]
+    return losses
+
+
+class _Nats(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, library: Library) -> Tensor:
+        logits, targets = logits.contiguous(), targets.contiguous()
+        losses, log_sums = torch.empty(len(logits)), torch.empty(len(logits))
+        library.call("nats_forward", (logits.dtype,), logits, targets, losses, log_sums, *_shape(logits))
+        ctx.save_for_backward(logits, targets, log_sums)
+        ctx.library = library
+        return losses
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        logits, targets, log_sums = ctx.saved_tensors
+        dlogits = torch.empty_like(logits)
+        given = (grad.float().contiguous(), logits, targets, log_sums, dlogits, *_shape(logits))
+        ctx.library.call("nats_backward", (logits.dtype,), *given)
+        return dlogits, None, None
+
+
+def _rows(states: Tensor) -> tuple[int, int]:
+    """Rows and width of `(..., d)`."""
+    return states.numel() // max(1, states.shape[-1]), states.shape[-1]
+
+
+def _shape(logits: Tensor) -> tuple[int, int, int, int]:
+    return len(logits), logits.shape[1], IGNORE, _threads()
+
+
+# ------------------------------------------------------------------------------------------------------------ attention
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    queries: Sequences,
+    keys: Sequences,
+    *,
+    causal: bool,
+    window: int | None,
+    slopes: tuple[float, ...] | None,
+    scale: float,
+    dropout: DropoutSite | None,
+) -> Tensor | None:
+    """`attend` in bfloat16 on matrix tiles; see attention.cpp. Shapes: as there."""
+    library = serves(query, key, value)
+    if (
+        library is None
+        or not library.has_tiles
+        or any(states.dtype != torch.bfloat16 for states in (query, key, value))
+        or queries.max_length < MIN_QUERIES
+        or keys.max_length > MAX_KEYS
+        or query.shape[-1] > MAX_HEAD_WIDTH
+        or (queries.prefixes and window is not None)
+        or (dropout is not None and causal and queries.lengths != keys.lengths)
+    ):
+        return None
+    plan = _AttentionPlan(queries, keys, causal, window, slopes, scale, dropout, key.shape[1], query.shape)
+    output: Tensor = _Attention.apply(query, key, value, plan, library)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _AttentionPlan:
+    """What the kernel reads beside the states; it keeps alive what is given by address."""
+
+    def __init__(
+        self,
+        queries: Sequences,
+        keys: Sequences,
+        causal: bool,
+        window: int | None,
+        slopes: tuple[float, ...] | None,
+        scale: float,
+        dropout: DropoutSite | None,
+        groups: int,
+        shape: torch.Size,
+    ) -> None:
+        heads, width = shape[1:]
+        self.tensors = {
+            "query_starts": _bounds(queries),
+            "key_starts": _bounds(keys),
+            "prefixes": torch.tensor(queries.prefixes) if queries.prefixes else None,
+            "slopes": None if slopes is None else torch.tensor(slopes, dtype=torch.float32),
+        }
+        self.call = AttentionCall(
+            num_sequences=len(queries),
+            heads=heads,
+            groups=groups,
+            width=width,
+            window=-1 if window is None else window,
+            causal=causal,
+            scale=scale,
+            threads=_threads(),
+            **{name: _address(tensor) for name, tensor in self.tensors.items()},
+        )
+        if dropout is not None:
+            self.tensors["keys"] = dropout.row_keys(heads).contiguous()
+            self.tensors["columns"] = column_hashes(keys.max_length + 32, torch.device("cpu"))
+            self.call.drop = Drop(
+                keys=_address(self.tensors["keys"]),
+                columns=_address(self.tensors["columns"]),
+                threshold=drop_threshold(dropout.rate),
+                factor=kept_inverse(dropout.rate),
+            )
+
+    def reading(self, states: Sequence[Tensor]) -> AttentionCall:
+        """The call on query, key and value, heads standing side by side."""
+        for name, tensor in zip(("query", "key", "value"), states, strict=True):
+            setattr(self.call, name, tensor.data_ptr())
+            setattr(self.call, f"{name}_stride", tensor.stride(0))
+        return self.call
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _AttentionPlan, library: Library) -> Tensor:
+        states = [_side_by_side(tensor) for tensor in (query, key, value)]
+        output = query.new_empty(query.shape)
+        log_sums = torch.empty(query.shape[:2])
+        library.attention_forward(plan.reading(states), output, log_sums)
+        ctx.save_for_backward(*states, output, log_sums)
+        ctx.plan, ctx.library = plan, library
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        *states, output, log_sums = ctx.saved_tensors
+        grads = tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in states)
+        ctx.library.attention_backward(ctx.plan.reading(states), output, log_sums, grad.contiguous(), grads)
+        return *grads, None, None
+
+
+def _side_by_side(states: Tensor) -> Tensor:
+    """`(n, heads, k)` with the heads of a token next to one another, as they mostly are."""
+    return states if states.stride()[1:] == (states.shape[2], 1) else states.contiguous()
+
+
+def _bounds(sequences: Sequences) -> Tensor:
+    """int64 `(b + 1,)`: where each sequence begins, and the end of the last."""
+    starts = [*ragged.starts(sequences), sequences.num_tokens]
+    return ragged.derived(sequences, "bounds", torch.device("cpu"), lambda: torch.tensor(starts))
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _threads() -> int:
+    return torch.get_num_threads()

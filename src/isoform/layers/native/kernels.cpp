@@ -1,0 +1,256 @@
+// Fused passes over memory for small transformers on a CPU; `native.py` compiles and calls them, `fused.py` puts them
+// into autograd, and the tests hold each against plain torch.
+//
+// Every sum over rows is taken in chunks of fixed size, so that the number of threads cannot change a bit.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "numbers.h"
+
+namespace {
+
+constexpr int64_t CHUNK_ROWS = 128;
+
+inline float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// Abramowitz & Stegun 7.1.26: an absolute error of 1.5e-7.
+inline float error_function(float x) {
+    const float size = std::fabs(x);
+    const float t = 1.0f / (1.0f + 0.3275911f * size);
+    const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    const float value = 1.0f - p * exponential(-size * size);
+    return x < 0.0f ? -value : value;
+}
+
+struct Pair {
+    float value, slope;
+};
+
+struct Silu {
+    static Pair at(float x) {
+        const float s = logistic(x);
+        return {x * s, s * (1.0f + x * (1.0f - s))};
+    }
+};
+struct Gelu {
+    static Pair at(float x) {
+        const float phi = 0.5f * (1.0f + error_function(x * 0.70710678f));
+        return {x * phi, phi + x * 0.39894228f * exponential(-0.5f * x * x)};
+    }
+};
+struct GeluTanh {
+    static Pair at(float x) {
+        // x/2 (1 + tanh(y)) = x logistic(2 y)
+        const float s = logistic(1.5957691216f * (x + 0.044715f * x * x * x));
+        return {x * s, s + x * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x)};
+    }
+};
+
+template <class Work>
+void over_chunks(int64_t rows, int threads, Work work) {
+    const int64_t chunks = (rows + CHUNK_ROWS - 1) / CHUNK_ROWS;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        work(chunk, chunk * CHUNK_ROWS, std::min(rows, (chunk + 1) * CHUNK_ROWS));
+}
+
+// ------------------------------------------------------------------------------------------------------ normalisation
+
+template <class X, class Y>
+void norm_forward(const X* x, const float* weight, const float* bias, Y* y, float* mean, float* inverse, int64_t n,
+                  int64_t d, float eps, bool centred, int threads) {
+    over_chunks(n, threads, [=](int64_t, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const X* in = x + row * d;
+            Y* out = y + row * d;
+            float middle = 0.0f, squares = 0.0f;
+            if (centred) {
+                for (int64_t i = 0; i < d; i++) middle += wide(in[i]);
+                middle /= float(d);
+                mean[row] = middle;
+            }
+            for (int64_t i = 0; i < d; i++) squares += (wide(in[i]) - middle) * (wide(in[i]) - middle);
+            const float scale = 1.0f / std::sqrt(squares / float(d) + eps);
+            inverse[row] = scale;
+            if (bias)
+                for (int64_t i = 0; i < d; i++) store(out + i, (wide(in[i]) - middle) * scale * weight[i] + bias[i]);
+            else
+                for (int64_t i = 0; i < d; i++) store(out + i, (wide(in[i]) - middle) * scale * weight[i]);
+        }
+    });
+}
+
+// With u = dy w and z = (x - mean) inverse: dx = inverse (u - mean(u) - z mean(u z)), dw = sum dy z, db = sum dy; where
+// the mean is not taken out, mean(u) is left out too.
+template <class X, class Y>
+void norm_backward(const Y* dy, const X* x, const float* weight, const float* mean, const float* inverse, X* dx,
+                   float* dweight, float* dbias, int64_t n, int64_t d, bool centred, int threads) {
+    const int64_t chunks = (n + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    std::vector<float> sums(size_t(chunks * 2 * d), 0.0f);
+    float* partial = sums.data();
+    over_chunks(n, threads, [=](int64_t chunk, int64_t begin, int64_t end) {
+        float* dw = partial + chunk * 2 * d;
+        float* db = dw + d;
+        for (int64_t row = begin; row < end; row++) {
+            const Y* grad = dy + row * d;
+            const X* in = x + row * d;
+            const float scale = inverse[row], middle = centred ? mean[row] : 0.0f;
+            float total = 0.0f, along = 0.0f;
+            for (int64_t i = 0; i < d; i++) {
+                const float g = wide(grad[i]), z = (wide(in[i]) - middle) * scale;
+                total += g * weight[i];
+                along += g * weight[i] * z;
+                dw[i] += g * z;
+                db[i] += g;
+            }
+            total = centred ? total / float(d) : 0.0f;
+            along /= float(d);
+            X* out = dx + row * d;
+            for (int64_t i = 0; i < d; i++) {
+                const float z = (wide(in[i]) - middle) * scale;
+                store(out + i, scale * (wide(grad[i]) * weight[i] - total - z * along));
+            }
+        }
+    });
+    std::fill(dweight, dweight + d, 0.0f);
+    if (dbias) std::fill(dbias, dbias + d, 0.0f);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+        const float* dw = partial + chunk * 2 * d;
+        for (int64_t i = 0; i < d; i++) dweight[i] += dw[i];
+        if (dbias)
+            for (int64_t i = 0; i < d; i++) dbias[i] += dw[d + i];
+    }
+}
+
+// -------------------------------------------------------------------------------------------------------- activations
+
+template <class Act, class T>
+void gated_forward(const T* gate, const T* up, T* y, int64_t rows, int64_t d, int threads) {
+    over_chunks(rows, threads, [=](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin * d; i < end * d; i++) store(y + i, Act::at(wide(gate[i])).value * wide(up[i]));
+    });
+}
+
+template <class Act, class T>
+void gated_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, int64_t rows, int64_t d, int threads) {
+    over_chunks(rows, threads, [=](int64_t, int64_t begin, int64_t end) {
+        for (int64_t i = begin * d; i < end * d; i++) {
+            const Pair at = Act::at(wide(gate[i]));
+            store(dgate + i, wide(dy[i]) * wide(up[i]) * at.slope);
+            store(dup + i, wide(dy[i]) * at.value);
+        }
+    });
+}
+
+// ---------------------------------------------------------------------------------------------------- rotary positions
+
+// In place: the first `heads` of each token's `stride / width` heads, channels i and i + half turned by the angle.
+template <class T>
+void rotate(T* states, const float* cos, const float* sin, int64_t n, int64_t heads, int64_t stride, int64_t width,
+            int64_t half, float sign, int threads) {
+    over_chunks(n, threads, [=](int64_t, int64_t begin, int64_t end) {
+        for (int64_t token = begin; token < end; token++) {
+            const float *c = cos + token * half, *s = sin + token * half;
+            for (int64_t head = 0; head < heads; head++) {
+                T* first = states + token * stride + head * width;
+                T* second = first + half;
+#pragma omp simd
+                for (int64_t i = 0; i < half; i++) {
+                    const float a = wide(first[i]), b = wide(second[i]), turn = sign * s[i];
+                    store(first + i, a * c[i] - b * turn);
+                    store(second + i, b * c[i] + a * turn);
+                }
+            }
+        }
+    });
+}
+
+// ------------------------------------------------------------------------------------------------------ cross-entropy
+
+template <class T>
+void nats_forward(const T* logits, const int64_t* targets, float* losses, float* log_sums, int64_t m, int64_t v,
+                  int64_t ignore, int threads) {
+    over_chunks(m, threads, [=](int64_t, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T* in = logits + row * v;
+            const float most = largest(in, v);
+            float sum = 0.0f;
+            for (int64_t i = 0; i < v; i++) sum += exponential(wide(in[i]) - most);
+            log_sums[row] = most + std::log(sum);
+            losses[row] = targets[row] == ignore ? 0.0f : log_sums[row] - wide(in[targets[row]]);
+        }
+    });
+}
+
+// dlogits = grad (softmax - one-hot of the target), zero where nothing is asked.
+template <class T>
+void nats_backward(const float* grad, const T* logits, const int64_t* targets, const float* log_sums, T* dlogits,
+                   int64_t m, int64_t v, int64_t ignore, int threads) {
+    over_chunks(m, threads, [=](int64_t, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; row++) {
+            const T* in = logits + row * v;
+            T* out = dlogits + row * v;
+            const bool asked = targets[row] != ignore;
+            const float scale = asked ? grad[row] : 0.0f, log_sum = log_sums[row];
+            const float gold = asked ? exponential(wide(in[targets[row]]) - log_sum) - 1.0f : 0.0f;
+            for (int64_t i = 0; i < v; i++) store(out + i, scale * exponential(wide(in[i]) - log_sum));
+            if (asked) store(out + targets[row], scale * gold);
+        }
+    });
+}
+
+}  // namespace
+
+// ------------------------------------------------------------------------------------------- what `native.py` can call
+
+#define NORM_FORWARD(NAME, X, Y)                                                                                    \
+    extern "C" void NAME(const X* x, const float* weight, const float* bias, Y* y, float* mean, float* inverse,      \
+                         int64_t n, int64_t d, float eps, int centred, int threads) {                                \
+        norm_forward(x, weight, bias, y, mean, inverse, n, d, eps, centred != 0, threads);                           \
+    }
+NORM_FORWARD(norm_forward_f32_f32, float, float)
+NORM_FORWARD(norm_forward_f32_bf16, float, bf16)
+NORM_FORWARD(norm_forward_bf16_bf16, bf16, bf16)
+NORM_FORWARD(norm_forward_bf16_f32, bf16, float)
+
+#define NORM_BACKWARD(NAME, X, Y)                                                                                   \
+    extern "C" void NAME(const Y* dy, const X* x, const float* weight, const float* mean, const float* inverse,      \
+                         X* dx, float* dweight, float* dbias, int64_t n, int64_t d, int centred, int threads) {      \
+        norm_backward(dy, x, weight, mean, inverse, dx, dweight, dbias, n, d, centred != 0, threads);                \
+    }
+NORM_BACKWARD(norm_backward_f32_f32, float, float)
+NORM_BACKWARD(norm_backward_f32_bf16, float, bf16)
+NORM_BACKWARD(norm_backward_bf16_bf16, bf16, bf16)
+NORM_BACKWARD(norm_backward_bf16_f32, bf16, float)
+
+#define GATED(NAME, ACT)                                                                                            \
+    extern "C" void NAME##_bf16(const bf16* gate, const bf16* up, bf16* y, int64_t rows, int64_t d, int threads) {   \
+        gated_forward<ACT>(gate, up, y, rows, d, threads);                                                           \
+    }                                                                                                                \
+    extern "C" void NAME##_backward_bf16(const bf16* dy, const bf16* gate, const bf16* up, bf16* dgate, bf16* dup,   \
+                                         int64_t rows, int64_t d, int threads) {                                     \
+        gated_backward<ACT>(dy, gate, up, dgate, dup, rows, d, threads);                                             \
+    }
+GATED(silu, Silu)
+GATED(gelu, Gelu)
+GATED(gelu_tanh, GeluTanh)
+
+#define BY_TYPE(T, SUFFIX)                                                                                          \
+    extern "C" void rotate_##SUFFIX(T* states, const float* cos, const float* sin, int64_t n, int64_t heads,         \
+                                    int64_t stride, int64_t width, int64_t half, float sign, int threads) {          \
+        rotate(states, cos, sin, n, heads, stride, width, half, sign, threads);                                      \
+    }                                                                                                                \
+    extern "C" void nats_forward_##SUFFIX(const T* logits, const int64_t* targets, float* losses, float* log_sums,   \
+                                          int64_t m, int64_t v, int64_t ignore, int threads) {                       \
+        nats_forward(logits, targets, losses, log_sums, m, v, ignore, threads);                                      \
+    }                                                                                                                \
+    extern "C" void nats_backward_##SUFFIX(const float* grad, const T* logits, const int64_t* targets,               \
+                                           const float* log_sums, T* dlogits, int64_t m, int64_t v, int64_t ignore,  \
+                                           int threads) {                                                            \
+        nats_backward(grad, logits, targets, log_sums, dlogits, m, v, ignore, threads);                              \
+    }
+BY_TYPE(float, f32)
+BY_TYPE(bf16, bf16)

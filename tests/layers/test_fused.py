@@ -1,0 +1,212 @@
+"""The C++ kernels beside plain torch: values and gradients, whatever the number of threads; NaN stays NaN."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from isoform.contracts import IGNORE, Sequences
+from isoform.layers import attention, fused, kernels
+from isoform.layers.dropout import DropoutSite, mix64
+from isoform.layers.position import Rope
+from isoform.registry import build_options
+
+pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler is here to build the kernels")
+tiles = pytest.mark.skipif(
+    not (kernels.library() and kernels.library().has_tiles), reason="this processor has no matrix tiles"
+)
+
+
+def leaf(*shape, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
+
+
+def gradients(output, *inputs):
+    """Gradients of a sum with uneven weights, so that an error in any place is seen."""
+    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
+    return torch.autograd.grad((output.float() * weights).sum(), inputs)
+
+
+def close(ours, plain, relative):
+    return ((ours.double() - plain.double()).norm() / plain.double().norm()).item() < relative
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("width", [3, 24, 192])
+def test_norms_are_those_of_torch(centred, width):
+    hidden, weight, bias = leaf(300, width), leaf(width), leaf(width) if centred else None
+    ours = fused.norm(hidden, weight, bias, 1e-5, centred=centred, narrow=True)
+    inputs = [tensor for tensor in (hidden, weight, bias) if tensor is not None]
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    if centred:
+        plain = F.layer_norm(wide[0], (width,), wide[1], wide[2], 1e-5)
+    else:
+        plain = F.rms_norm(wide[0], (width,), wide[1], 1e-5)
+    assert ours.dtype == torch.float32  # no autocast: narrow changes nothing
+    torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
+    for mine, theirs in zip(gradients(ours, *inputs), gradients(plain, *wide), strict=True):
+        torch.testing.assert_close(mine.double(), theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()) + 1e-6)
+
+
+@pytest.mark.parametrize("narrow", [True, False])
+def test_a_narrow_norm_comes_in_the_precision_of_autocast(narrow):
+    hidden, weight = leaf(70, 48), leaf(48)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = fused.norm(hidden, weight, None, 1e-6, centred=False, narrow=narrow)
+    assert ours.dtype == (torch.bfloat16 if narrow else torch.float32)
+    plain = F.rms_norm(hidden, (48,), weight, 1e-6)
+    assert close(ours, plain, 5e-3)
+    for mine, theirs in zip(gradients(ours, hidden, weight), gradients(plain, hidden, weight), strict=True):
+        assert mine.dtype == torch.float32 and close(mine, theirs, 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [("silu", F.silu), ("gelu", F.gelu), ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh"))],
+)
+def test_gated_activations_are_those_of_torch(name, plain):
+    spread = torch.linspace(-12, 12, 4 * 1030).view(-1, 10)
+    gate, up = spread.bfloat16().requires_grad_(), leaf(*spread.shape, dtype=torch.bfloat16, seed=1)
+    ours = fused.gated(name, gate, up)
+    wide = [tensor.detach().float().requires_grad_() for tensor in (gate, up)]
+    theirs = plain(wide[0]) * wide[1]
+    assert close(ours, theirs, 4e-3)
+    assert (ours.float() - theirs).abs().max() < 0.01 * theirs.abs().max()
+    for mine, other in zip(gradients(ours, gate, up), gradients(theirs, *wide), strict=True):
+        assert close(mine, other, 4e-3)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotary_positions_turn_as_the_formula_says(fraction, dtype, monkeypatch):
+    states, positions = leaf(150, 3, 16, dtype=dtype), torch.arange(150)
+    options = build_options(Rope, {"fraction": fraction}, "position")
+    rope = Rope(options, width=48, num_heads=3, head_width=16, max_positions=None)
+    tolerance = 1e-6 if dtype == torch.float32 else 8e-3
+    ours = rope.rotate(states, states[:, :2], positions, positions)
+    monkeypatch.setattr(fused, "serves", lambda *tensors: None)
+    plain = rope.rotate(states, states[:, :2], positions, positions)
+    for mine, theirs in zip(ours, plain, strict=True):
+        assert close(mine, theirs, tolerance)
+    assert close(gradients(ours[0], states)[0], gradients(plain[0], states)[0], tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [5, 4099])
+def test_nats_are_the_cross_entropy_of_torch(dtype, size):
+    logits = (leaf(200, size) * 4).detach().to(dtype).requires_grad_()
+    targets = torch.arange(200) % size
+    targets[7::10] = IGNORE
+    ours = fused.nats(logits, targets)
+    wide = logits.detach().double().requires_grad_()
+    plain = F.cross_entropy(wide, targets, reduction="none", ignore_index=IGNORE)
+    torch.testing.assert_close(ours.double(), plain, rtol=1e-5, atol=1e-5)
+    (mine,), (theirs,) = gradients(ours, logits), gradients(plain, wide)
+    assert close(mine, theirs, 1e-5 if dtype == torch.float32 else 4e-3)
+    assert not mine[7::10].any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_stays_so(bad):
+    hidden = torch.ones(40, 64)
+    hidden[3, 5] = bad
+    assert not fused.norm(hidden, torch.ones(64), None, 1e-6, centred=False, narrow=False)[3].isfinite().all()
+    assert not fused.nats(hidden, torch.zeros(40, dtype=torch.int64))[3].isfinite()
+    assert not fused.gated("silu", hidden.bfloat16(), hidden.bfloat16())[3].isfinite().all()
+
+
+CASES = {
+    "causal": {"causal": True},
+    "both sides": {"causal": False},
+    "causal window": {"causal": True, "window": 40},
+    "window": {"causal": False, "window": 40},
+    "slopes": {"causal": True, "slopes": (0.5, 0.25, 0.1, 0.05)},
+    "dropout": {"causal": True, "rate": 0.3},
+}
+
+
+@tiles
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("groups", [4, 2])
+@pytest.mark.parametrize("width", [24, 32])
+def test_attention_on_tiles_is_attention(case, groups, width, monkeypatch):
+    check_attention([70, 1, 33], [70, 1, 33], groups, width, monkeypatch, **CASES[case])
+
+
+@tiles
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_attention_across_two_streams_on_tiles(rate, monkeypatch):
+    check_attention([40, 33], [21, 90], 4, 32, monkeypatch, causal=False, rate=rate)
+
+
+@tiles
+def test_attention_of_what_follows_a_cache_on_tiles(monkeypatch):
+    check_attention([40, 9], [90, 50], 2, 32, monkeypatch, causal=True)
+
+
+@tiles
+def test_attention_with_prefixes_on_tiles(monkeypatch):
+    check_attention([70, 40], [70, 40], 4, 32, monkeypatch, causal=True, prefixes=(35, 0))
+
+
+def check_attention(lengths, key_lengths, groups, width, monkeypatch, *, rate=0.0, prefixes=(), **rule):
+    """Ours in bfloat16 as near to the plain form in float32 as the rounding of what goes in and out allows."""
+    heads, n, m = 4, sum(lengths), sum(key_lengths)
+    # Heads of query, key and value side by side, as one projection makes them.
+    together = [leaf(n, heads, width), leaf(m, groups, width, seed=1), leaf(m, groups, width, seed=2)]
+    states = [tensor.detach().bfloat16().requires_grad_() for tensor in together]
+    wide = [tensor.detach().float().requires_grad_() for tensor in states]
+    site = DropoutSite(mix64(torch.arange(n)), 77, rate) if rate else None
+
+    def attend(inputs):
+        queries = Sequences(lengths, prefixes)
+        keys = queries if lengths == key_lengths else Sequences(key_lengths)
+        return attention.attend(*inputs, queries, keys, dropout=site, **rule)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fused, "serves", lambda *tensors: None)
+        plain = attend(wide)
+    called = []
+    monkeypatch.setattr(fused, "serves", lambda *tensors: called.append(1) or kernels.serves(*tensors))
+    ours = attend(states)
+    assert called and type(ours.grad_fn).__name__ == "_AttentionBackward" and close(ours, plain, 4e-3)
+    for mine, theirs in zip(gradients(ours, *states), gradients(plain, *wide), strict=True):
+        assert close(mine, theirs, 6e-3)
+
+
+@tiles
+def test_queries_keys_and_values_of_one_projection_need_no_copy():
+    lengths = [40, 30]
+    together = leaf(70, 8, 32).detach().bfloat16().requires_grad_()
+    apart = [part.detach().contiguous() for part in together.split((4, 2, 2), dim=1)]
+    sequences = Sequences(lengths)
+    views = attention.attend(*together.split((4, 2, 2), dim=1), sequences, sequences, causal=True)
+    assert torch.equal(views, attention.attend(*apart, sequences, sequences, causal=True))
+
+
+def everything():
+    hidden, weight = leaf(1000, 64), leaf(64)
+    results = [*gradients(fused.norm(hidden, weight, weight, 1e-5, centred=True, narrow=False), hidden, weight)]
+    logits = leaf(1000, 50)
+    results += gradients(fused.nats(logits, torch.zeros(1000, dtype=torch.int64)), logits)
+    if kernels.library().has_tiles:
+        states = [leaf(300, 4, 32, dtype=torch.bfloat16, seed=seed) for seed in range(3)]
+        sequences = Sequences([100, 150, 50])
+        results += gradients(attention.attend(*states, sequences, sequences, causal=True), *states)
+    return results
+
+
+def test_the_number_of_threads_changes_no_bit():
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    assert all(itertools.starmap(torch.equal, zip(*found, strict=True)))
