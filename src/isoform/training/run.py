@@ -316,7 +316,8 @@ def sources_fingerprint() -> str:
     """A hash of the sources that affect numbers: everything but the command line, reports and serving."""
     root = Path(isoform.__file__).parent
     quiet = {"cli.py", "studies", "serving", "recipes"}
-    files = [p for p in sorted(root.rglob("*.py")) if p.relative_to(root).parts[0] not in quiet]
+    suffixes = {".py", ".cpp", ".h"}
+    files = [p for p in sorted(root.rglob("*")) if p.suffix in suffixes and p.relative_to(root).parts[0] not in quiet]
     return fingerprint([[str(p.relative_to(root)), sha256_file(p)] for p in files])
 
 
