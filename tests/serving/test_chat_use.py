@@ -16,7 +16,7 @@ from isoform.contracts import Prompt
 from isoform.errors import DataError
 from isoform.evaluation.generate import generate
 from isoform.models.llama import Llama
-from isoform.serving.use import continue_text, open_model
+from isoform.serving.use import _continued, continue_text, open_model
 from isoform.storage import read_json, write_json
 from isoform.text.chat import chat_tokens
 from isoform.text.kinds import Bpe
@@ -62,6 +62,15 @@ def test_every_stop_token_of_the_model_s_files_ends_an_answer(folder: Path) -> N
     write_json(folder / "generation_config.json", {**settings, "eos_token_id": [2, first]})
     assert set(open_model(folder).stop) == {2, first}
     assert answer(folder) == ""
+
+
+def test_the_token_that_closes_an_answer_ends_one_whatever_the_tokenizer_s_end_is(folder: Path) -> None:
+    opened = open_model(folder)
+    other = opened.tokenizer.special["pad"]
+    opened.tokenizer.chat_template = TEMPLATE.replace("<eos>", other)
+    prompt = _continued(opened, "hello", chat=True, max_new_tokens=3)
+    assert set(prompt.stop) == {opened.tokenizer.special_ids["eos"], opened.tokenizer.special_ids["pad"]}
+    assert _continued(opened, "hello", chat=False, max_new_tokens=3).stop == opened.stop
 
 
 def generate_ids(folder: Path) -> tuple[int, ...]:

@@ -17,7 +17,7 @@ from isoform.config import RunConfig, run_config
 from isoform.errors import DataError, Stopped
 from isoform.models.lora import adapter_state
 from isoform.reading import merge
-from isoform.serving.use import open_model
+from isoform.serving.use import open_model, predict, read_inputs
 from isoform.storage import read_json, read_jsonl
 from isoform.text.chat import chat_tokens
 from isoform.training.feed import Feed
@@ -102,6 +102,12 @@ def test_answers_are_learnt_and_end_by_themselves(data: Path, tmp_path: Path) ->
     messages = [{"role": "user", "content": row["input"]}]
     ours = chat_tokens(open_model(folder).tokenizer, messages).tolist()
     assert theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"] == ours
+    asked = [{"instruction": "Say", "input": "sun once."}, {"messages": [{"role": "user", "content": row["input"]}]}]
+    for at, (one, expected) in enumerate(zip(asked, ("instruction", None), strict=True)):
+        (tmp_path / f"new{at}.jsonl").write_text(json.dumps(one) + "\n")
+        opened = open_model(folder)
+        (answer,) = predict(opened, read_inputs(opened, tmp_path / f"new{at}.jsonl"))
+        assert (answer.input == one) if expected else (answer.answer == row["prediction"])
     report = read_json(folder / "manifest.json")["data"]["datasets"]["train"]
     assert report["targets"] > 0 and report["targets_lost"] == report["documents_unasked"] == 0
 

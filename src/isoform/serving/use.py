@@ -203,12 +203,13 @@ class Decision:
 class Answer:
     """One prediction; `num_unknown` input tokens were not known to the tokenizer."""
 
-    input: str
+    input: Input
     answer: str
     num_unknown: int
 
     def as_dict(self) -> dict[str, Any]:
-        return {"input": self.input, "answer": self.answer}
+        given = self.input if isinstance(self.input, str) else dict(self.input)
+        return {"input": given, "answer": self.answer}
 
 
 def predict(opened: Opened, inputs: Iterable[Input]) -> Iterator[Answer | Decision]:
@@ -243,9 +244,9 @@ def _decisions(opened: Opened, inputs: list[Input]) -> Iterator[Decision]:
         yield Decision(given, num_unknown=count_unknown(opened, sample.tokens), **found[index])
 
 
-def _answers(opened: Opened, texts: list[str]) -> Iterator[Answer]:
+def _answers(opened: Opened, texts: list[Input]) -> Iterator[Answer]:
     field = opened.objective.alternatives[0][0]
-    prompts = [_prompt(opened, {field: text}) for text in texts]
+    prompts = [_prompt(opened, {field: text} if isinstance(text, str) else text) for text in texts]
     generations = generate(
         opened.model,
         prompts,
@@ -338,7 +339,7 @@ def read_inputs(opened: Opened, path: Path | None) -> Iterator[Input]:
     """Inputs from a file, or one a line from standard input.
 
     A .txt file has one input a line; a csv or tsv of a run that names its columns has them, or the first alone; other
-    files have a header or keys, and the run's first field is read. Raises: DataError with file and line.
+    files have a header or keys, and the first fields that the run can read are. Raises: DataError with file and line.
     """
     if path is None:
         yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
@@ -346,13 +347,13 @@ def read_inputs(opened: Opened, path: Path | None) -> Iterator[Input]:
     if path.suffix == ".txt":
         yield from (line.rstrip("\n") for _, line in read_lines(path) if line.strip())
         return
-    alternative = opened.objective.alternatives[0]
-    fields: tuple[str, ...] = getattr(opened.objective, "inputs", alternative[:1])
-    others = tuple(field for field in alternative if field not in fields)
-    source = open_source(str(path.resolve()), opened.config.data, (fields,), others)
-    for document in source:
+    others = opened.objective.optional_fields
+    ways = [tuple(field for field in way if field not in others) for way in opened.objective.alternatives]
+    ways = list(dict.fromkeys(filter(None, ways)))
+    for document in open_source(str(path.resolve()), opened.config.data, tuple(ways), others):
+        fields = next(way for way in ways if all(field in document.fields for field in way))
         texts = {field: document.fields[field] for field in fields}
-        yield texts if len(fields) > 1 else texts[fields[0]]
+        yield texts[fields[0]] if fields == ways[0][:1] else texts
 
 
 def write_answers(answers: Iterable[Answer | Decision], path: Path) -> tuple[int, int]:
