@@ -23,6 +23,7 @@ from rich.console import Console
 
 from isoform import storage
 from isoform.errors import ConfigError, DataError, DiskError
+from isoform.evaluation.breakdown import Breakdown
 from isoform.studies import charts, wording
 from isoform.studies.answers import is_right, read_answers
 from isoform.studies.curves import arm_colours, stage_curves
@@ -32,9 +33,9 @@ from isoform.studies.terminal import print_run, print_study, verdict_sentence
 
 TAGS = """html head meta title style body header h1 h2 h3 h4 p nav a main section div span strong b table thead tbody
 tr th td svg path line circle rect polygon text bdi ul li figure figcaption code br details summary pre dl
-dt dd footer"""
+dt dd footer input label"""
 ATTRIBUTES = """lang charset http-equiv content name class dir id href scope aria-label aria-hidden role viewbox colspan
-data-label d x y x1 x2 y1 y2 cx cy r rx width height points transform text-anchor"""
+data-label d x y x1 x2 y1 y2 cx cy r rx width height points transform text-anchor type name for checked"""
 PAYLOADS = [
     "<!--<script>",
     "<script>alert(1)</script>",
@@ -88,7 +89,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes += [(tag, name, value) for name, value in attrs]
-        if tag not in {"meta", "br"}:
+        if tag not in {"meta", "br", "input"}:
             self.open.append(tag)
         if tag == "h2":
             self.headings.append([])
@@ -461,6 +462,78 @@ def test_a_single_run_has_its_page(tmp_path: Path) -> None:
     assert "learning_rate: 0.0006" in page.text and "verdict" not in page.text.lower()
     assert "shakespeare-char" in page.text and "isoform train config.yaml" in page.text and "onnx" not in page.text
     assert "bits per byte" in render_markdown(folder)
+
+
+def write_breakdown(folder: Path, labels: list[str], temperature: float | None = 1.4, text: str = "a text") -> Path:
+    """What 300 answers leave behind, a third of them wrong; on dev the temperature was fitted."""
+    rng = np.random.default_rng(0)
+    splits = {}
+    for split, known in (("dev", None), ("test", temperature)):
+        watch = Breakdown(labels, known)
+        for at in range(300):
+            shares = rng.dirichlet(np.full(len(labels), 0.4))
+            gold = int(shares.argmax()) if at % 3 else at % len(labels)
+            stats = {f"gold.{index}": float(index == gold) for index in range(len(labels))}
+            stats |= {f"probability.{index}": float(share) for index, share in enumerate(shares)}
+            watch.add({"id": f"d{at}", "input": f"{text} {at}" + " word" * (at % 9)}, stats)
+        splits[split] = watch.values()
+    fitted_on = None if temperature is None else "dev"
+    storage.write_json(
+        folder / "breakdown.json", {"temperature": temperature, "fitted_on": fitted_on, "splits": splits}
+    )
+    return folder
+
+
+def test_a_classifiers_errors_can_be_looked_through(tmp_path: Path) -> None:
+    folder = write_breakdown(write_run(tmp_path / "run"), ["bad", "good", "so-so"])
+    html = render_html(folder)
+    page = check_page(html)
+    text = page.text.replace("\N{NO-BREAK SPACE}", " ")
+    assert "Where it errs" in text and text.count("300 examples of") == 2
+    assert "With the scores divided by the temperature 1.4, fitted on dev:" in text
+    assert "The temperature 1.4 was fitted on these very examples" in text
+    part = storage.read_json(folder / "breakdown.json")["splits"]["test"]
+    assert f"{part['confusion'][1][0]}" in text and f"{100 * part['slices'][0]['accuracy']:.1f}" in text
+    # Each mistake can be picked by its pair of labels, by the style sheet alone.
+    picks = {value for tag, name, value in page.attributes if tag == "input" and name == "class"}
+    rows = [value for tag, name, value in page.attributes if tag == "tr" and name == "class"]
+    assert picks and {pick.replace("pick", "pair") for pick in picks} <= set(rows)
+    assert all(f".{pick}:checked ~ .wide tbody tr:not(.{pick.replace('pick', 'pair')})" in html for pick in picks)
+    markdown = render_markdown(folder)
+    assert "| expected | said bad | said good | said so-so | all |" in markdown and "| label: good |" in markdown
+
+
+@pytest.mark.parametrize("temperature", [None, 0.5])
+@pytest.mark.parametrize("labels", [["0", "1"], [f"label {at}" for at in range(40)]])
+def test_errors_of_any_number_of_labels(temperature: float | None, labels: list[str], tmp_path: Path) -> None:
+    folder = write_breakdown(write_run(tmp_path / "run"), labels, temperature)
+    page = check_page(render_html(folder))
+    assert ("The most frequent confusions" in page.text) == (len(labels) > 12)
+    assert ("No temperature" in page.text) == (temperature is None)
+    assert "Where it errs" in render_markdown(folder)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_the_text_of_a_mistake_is_shown_and_never_obeyed(payload: str, tmp_path: Path) -> None:
+    folder = write_breakdown(write_run(tmp_path / "run"), ["bad", payload], text=payload)
+    assert payload[:20] in check_page(render_html(folder)).text
+
+
+@pytest.mark.parametrize(
+    "damage", ["{}", "[]", "{bad", '{"splits": {"dev": {"labels": ["a"]}}}', '{"splits": {"dev": 3}}']
+)
+def test_a_damaged_breakdown_leaves_a_page(damage: str, tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "breakdown.json").write_text(damage)
+    assert "Where it errs" not in check_page(render_html(folder)).text
+
+
+def test_the_arms_of_a_study_show_where_their_first_seed_errs(own_study: Path) -> None:
+    for arm in storage.read_json(own_study / "results.json")["arms"]:
+        write_breakdown(own_study / arm["runs"][0]["final"], ["bad", "good"])
+    text = check_page(render_html(own_study)).text
+    assert "Where the arms err" in text and text.count("300 examples of dev") == 3
+    assert "The surest 30 of" in text
 
 
 def test_the_data_of_every_stage(study: Path, own_study: Path) -> None:

@@ -167,6 +167,50 @@ def _row_scale(domain: tuple[float, float]) -> Scale:
     return Scale(domain[0], domain[1], ROW_EDGE, ROW_WIDTH - ROW_EDGE)
 
 
+# -------------------------------------------------------------------------------------------------------- reliability
+
+SQUARE, SQUARE_LEFT = 300, 46
+# Radius of the dot that stands for every example, and the least.
+LARGEST_DOT, SMALLEST_DOT = 13.0, 2.5
+
+
+def reliability(
+    plain: Sequence[tuple[float, float, int]], scaled: Sequence[tuple[float, float, int]], label: str
+) -> Markup:
+    """Share of right answers over confidence: a dot a bin, by area as large as it has examples, on a line.
+
+    plain, scaled: (confidence, accuracy, examples) of each bin; the dotted line is where both are equal.
+    """
+    low = min([min(confidence, accuracy) for confidence, accuracy, _ in (*plain, *scaled)], default=0.0)
+    start = math.floor(10 * low) / 10 if low < 1 else 0.9
+    x = Scale(start, 1.0, SQUARE_LEFT, SQUARE - 16)
+    y = Scale(start, 1.0, SQUARE - 40, 16)
+    parts = []
+    for tick in nice_ticks(start, 1.0, 5):
+        across, up, words = x(tick), y(tick), f"{100 * tick:.4g}"
+        parts.append(f'<line class="grid" x1="{SQUARE_LEFT}" x2="{SQUARE - 16}" y1="{up:.1f}" y2="{up:.1f}"/>')
+        parts.append(_text(SQUARE_LEFT - 6, up + 4, words, "end"))
+        parts.append(_text(across, SQUARE - 24, words, "middle"))
+    parts.append(f'<line class="zero" x1="{x(start)}" x2="{x(1)}" y1="{y(start)}" y2="{y(1)}"/>')
+    parts.append(_text((SQUARE_LEFT + SQUARE - 16) / 2, SQUARE - 6, "confidence, %", "middle"))
+    turned = f'transform="translate(12 {(SQUARE - 24) / 2:.0f}) rotate(-90)" text-anchor="middle"'
+    parts.append(f'<text class="label" {turned}>right, %</text>')
+    total = max(1, sum(number for *_, number in plain))
+    for colour, bins in ((0, plain), (1, scaled)):
+        places = [(x(confidence), y(accuracy), number) for confidence, accuracy, number in bins]
+        if len(places) > 1:
+            parts.append(
+                f'<path class="line {_css(colour)}" d="M{"L".join(f"{a:.1f} {b:.1f}" for a, b, _ in places)}"/>'
+            )
+        for across, up, number in places:
+            radius = max(SMALLEST_DOT, LARGEST_DOT * math.sqrt(number / total))
+            title = f"<title>{number:,} examples</title>"
+            parts.append(
+                f'<circle class="bin {_css(colour)}" cx="{across:.1f}" cy="{up:.1f}" r="{radius:.1f}">{title}</circle>'
+            )
+    return _svg(SQUARE, SQUARE, label, parts, "square")
+
+
 # ------------------------------------------------------------------------------------------------------------- curves
 
 WIDTH, HEIGHT = 440, 250

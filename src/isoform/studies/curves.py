@@ -141,8 +141,11 @@ def _evaluations(trained: Sequence[_Trained], results: Results) -> list[Chart]:
     compare = results.get("compare") or {}
     keys = dict.fromkeys(key for line in trained for seed in line.evaluations for key in seed)
     ordered = sorted(keys, key=lambda key: (key[0] != compare.get("metric"), lower_is_better(key[0])))
+    if any(split == "train" for _, split in ordered):  # the same of both beside each other
+        shown = dict.fromkeys([ordered[0][0], "loss"])
+        ordered = [key for metric in shown for key in ordered if key[0] == metric]
     found = []
-    for metric, split in ordered[:MAX_EVALUATIONS]:
+    for metric, split in ordered[: MAX_EVALUATIONS + 1 if ("loss", "train") in ordered else MAX_EVALUATIONS]:
         curves = {
             line.name: [seed[metric, split] for seed in line.evaluations if (metric, split) in seed] for line in trained
         }

@@ -86,6 +86,11 @@ class Records:
             curves[key] = {"step": np.array(steps), "tokens": tokens, "value": values}
         return curves
 
+    def breakdown(self, name: str) -> dict[str, Any]:
+        """Where a classifier errs, as its run wrote it down; empty where it did not."""
+        value = self._json(f"{name}/breakdown.json")
+        return value if isinstance(value, dict) else {}
+
     def prediction_rows(self, name: str, split: str | None) -> dict[str, Mapping[str, Any]]:
         """id -> row of `predictions.jsonl`, of one split where it is named."""
         return {

@@ -22,6 +22,7 @@ from isoform.errors import ConfigError
 from isoform.storage import write_text
 from isoform.studies import provenance, tables, wording
 from isoform.studies.answers import read_answers
+from isoform.studies.breakdown import breakdowns
 from isoform.studies.curves import stage_curves
 from isoform.studies.records import Records, Results
 from isoform.studies.wording import VERDICTS, clean, is_number
@@ -75,6 +76,7 @@ def build_page(folder: Path) -> Row:
         "tuning": tables.tuning(results),
         "curves": stage_curves(records),
         "answers": read_answers(records),
+        "breakdowns": breakdowns(records),
         "audit": audit,
         "differences": provenance.differences(results),
         "config": provenance.config(records),
