@@ -208,7 +208,7 @@ def study_of(table: Path) -> dict[str, object]:
             "alone": student,
             "taught": {
                 **student,
-                "objective": distilled(teacher="arm:large", temperature=3.0, of={"kind": "classify"}),
+                "objective": distilled(teacher="arm:large", temperature=3.0, of={"kind": "classify"}, store=True),
             },
         },
         "seeds": 2,

@@ -30,6 +30,7 @@ BOOKKEEPING = {
     "track",
     "data.root",
     "data.shard_tokens",
+    "objective.store",
     "train.micro_batch_tokens",
     "train.checkpoint_every_steps",
     "train.checkpoint_every_seconds",
