@@ -71,6 +71,11 @@ def test_the_token_that_closes_an_answer_ends_one_whatever_the_tokenizer_s_end_i
     prompt = _continued(opened, "hello", chat=True, max_new_tokens=3)
     assert set(prompt.stop) == {opened.tokenizer.special_ids["eos"], opened.tokenizer.special_ids["pad"]}
     assert _continued(opened, "hello", chat=False, max_new_tokens=3).stop == opened.stop
+    save_model(folder.parent / "other", opened.model, opened.tokenizer)
+    saved = read_json(folder.parent / "other" / "generation_config.json")
+    ids = opened.tokenizer.special_ids
+    assert saved["eos_token_id"] == [ids["eos"], ids["pad"]]
+    assert open_model(folder.parent / "other").stop == tuple(sorted(saved["eos_token_id"]))
 
 
 def generate_ids(folder: Path) -> tuple[int, ...]:

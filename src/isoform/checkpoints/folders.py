@@ -29,6 +29,7 @@ from isoform.contracts import Tokenizer
 from isoform.errors import CheckpointError, IsoformError
 from isoform.models.lora import active_adapter, adapter_state, adapters_of, base_fingerprint, base_state
 from isoform.text import ngrams
+from isoform.text.chat import ends
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer
 
 NATIVE_PREFIX = "isoform-"
@@ -145,7 +146,9 @@ def write_files(
         tokenizer.save(folder)
         if not form.adapter and model.capabilities & {"causal", "encoder-decoder"}:
             longest = {} if model.max_positions is None else {"max_length": model.max_positions}
-            storage.write_json(folder / "generation_config.json", {**_special_ids(tokenizer, model), **longest})
+            storage.write_json(
+                folder / "generation_config.json", {**_special_ids(tokenizer, model), **ends(tokenizer), **longest}
+            )
     about = {
         "family": family_of(model),
         "config": model.config.model_dump(mode="json"),

@@ -109,6 +109,20 @@ def closing_ids(tokenizer: TextTokenizer) -> tuple[int, ...]:
     return tuple(index for index in after if index in scribe.special.values())[:1]
 
 
+def ends(tokenizer: object) -> dict[str, list[int]]:
+    """What a generation_config.json says of the end, where a template closes answers with another token than `eos`."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return {}
+    speaking: Any = tokenizer
+    own = [index for role, index in speaking.special_ids.items() if role == "eos"]
+    try:
+        closing = closing_ids(speaking)
+    except DataError:  # a template that takes no such messages
+        return {}
+    every = list(dict.fromkeys([*own, *closing]))
+    return {} if every == own else {"eos_token_id": every}
+
+
 class _Scribe:
     """Writes messages down by a tokenizer's template, and reads such text as ids."""
 
