@@ -75,7 +75,8 @@ class Sample:
     source: the encoder's sequence of an encoder-decoder. rival: a second sequence that this one is compared with, such
     as another answer to the same question; it has targets of its own, and the two are never parted.
     prefix: how many of the first tokens see one another even in a causal model. num_bytes: text bytes that the targets
-    stand for.
+    stand for. ranks: `(t,)` of a permutation: 0 for tokens that are known, 1, 2, ... in the order in which the others
+    are guessed.
     """
 
     id: str
@@ -88,6 +89,7 @@ class Sample:
     weight: float = 1.0
     num_bytes: int = 0
     prefix: int = 0
+    ranks: IntArray | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -150,7 +152,7 @@ class Sequences:
 class Batch:
     """All tokens of all sequences end to end; nothing is padded.
 
-    tokens, positions, targets, segments: int64 `(n,)`; positions count from 0 in each sequence. sample_keys: int64
+    tokens, positions, targets, segments, ranks: int64 `(n,)`; positions count from 0 in each sequence. sample_keys: int64
     `(b,)`, a 64-bit hash of each sample's id, the key of its dropout masks. labels: `(b,)` or `(b, c)`.
     weights: `(b,)`.
     num_filler: how many of the last sequences only round n up; they are in no count, target or statistic.
@@ -172,6 +174,7 @@ class Batch:
     num_filler: int = 0
     num_bytes: int = 0
     sample_ids: tuple[str, ...] = ()
+    ranks: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -209,6 +212,7 @@ class Batch:
             num_filler=self.num_filler,
             num_bytes=self.num_bytes,
             sample_ids=self.sample_ids,
+            ranks=move(self.ranks),
         )
 
 
@@ -217,7 +221,7 @@ class Output:
     """What a model returns for a batch: `hidden (n, d)` after the last norm, the rest on request.
 
     layers: hidden states `(n, d)` before each block and after the last. router_logits: one `(n, e)` a layer.
-    encoder: `(n_source, d)`. second: the second stream `(n, d)` of a two-stream model.
+    encoder: `(n_source, d)`. second: the second stream `(n, d)` of a two-stream model, 0 where nothing is guessed.
     """
 
     hidden: Tensor
@@ -314,7 +318,7 @@ class Cache(Protocol):
 class Model(Protocol):
     """A family's network. `config` is the family's `Config`; `capabilities` says what objectives may ask of it.
 
-    capabilities: subset of {"causal", "bidirectional", "encoder-decoder", "cache", "classify"}. One that classifies has
+    capabilities: subset of {"causal", "bidirectional", "two-stream", "encoder-decoder", "cache", "classify"}. One that classifies has
     a part `classifier`, None until an objective brings it: `classifier(hidden, batch)` is `(b, c)`.
     """
 

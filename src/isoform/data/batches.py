@@ -44,6 +44,9 @@ def _stream(samples: Sequence[Sample], extra: int) -> Batch:
     segments = None
     if samples[0].segments is not None:
         segments = _join([sample.segments for sample in samples], extra, 0)
+    ranks = None
+    if samples[0].ranks is not None:
+        ranks = _join([sample.ranks for sample in samples], extra, 0)
     weights = None
     if any(sample.weight != 1.0 for sample in samples):
         weights = torch.tensor([sample.weight for sample in samples] + [0.0] * bool(extra))
@@ -60,6 +63,7 @@ def _stream(samples: Sequence[Sample], extra: int) -> Batch:
         num_filler=int(bool(extra)),
         num_bytes=sum(sample.num_bytes for sample in samples),
         sample_ids=tuple(sample.id for sample in samples),
+        ranks=ranks,
     )
 
 
