@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from isoform.errors import DataError
-from isoform.text.conversations import conversation_of, rivals_of
+from isoform.text.conversations import conversation_of, rivals_of, spoken
 
 USER, HELLO = {"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}
 
@@ -31,6 +31,22 @@ def test_every_form_is_the_same_conversation() -> None:
     assert conversation_of({"messages": "[hi"})[0]["content"] == "[hi"
     both = conversation_of({"instruction": "Count.", "input": "a b", "output": "2"})
     assert both[0]["content"] == "Count.\n\na b"
+
+
+def test_what_is_said_is_told_from_how_it_is_written() -> None:
+    for keys in (("role", "content"), ("from", "value")):
+        text = json.dumps(
+            [dict(zip(keys, pair, strict=True)) for pair in (("user", "hi\nyou"), ("assistant", "hello"))]
+        )
+        assert spoken(text) == "user\nhi\nyou\nassistant\nhello\n"
+    for text in ("plain", "[1, 2]", '{"name": "x"}', "[", "[]"):
+        assert spoken(text) == text
+
+
+def test_an_answer_may_be_json() -> None:
+    pair = rivals_of({"prompt": "[1]", "chosen": '{"name": "x"}', "rejected": '[{"name": "y"}]'})
+    assert [message["content"] for message in pair.chosen] == ["[1]", '{"name": "x"}']
+    assert pair.rejected[1]["content"] == '[{"name": "y"}]'
 
 
 def test_a_system_message_and_tools_have_their_places() -> None:

@@ -18,6 +18,7 @@ from isoform.data.blocks import blocks
 from isoform.data.identity import OUTCOMES, Hashes, input_hash
 from isoform.data.near import Finder, Pair, Sketches, near_pairs, sketch
 from isoform.storage import fingerprint
+from isoform.text.conversations import spoken
 
 MAX_EXAMPLES = 3
 EXCERPT_CHARACTERS = 120
@@ -56,7 +57,7 @@ def find_overlap(splits: Mapping[str, Source], threshold: float) -> Overlap:
 def input_text(document: Document) -> str:
     """What the model would be given, as one text."""
     inputs = [text for name, text in document.fields.items() if name not in OUTCOMES]
-    return "\n".join(inputs or document.fields.values())
+    return "\n".join(map(spoken, inputs or document.fields.values()))
 
 
 def place(document: Document) -> str:

@@ -91,6 +91,7 @@ class Chat(TokenObjective):
         return num_asked(encoded.fields[ANSWERS], self.max_tokens)
 
     def prepare(self, encoded: Encoded, rng: np.random.Generator) -> Sample:
+        self.asked(encoded)
         sample = sample_of(encoded.id, encoded.fields["messages"], encoded.fields[ANSWERS], self.max_tokens)
         return dataclasses.replace(sample, num_bytes=encoded.num_bytes)
 

@@ -93,6 +93,15 @@ def rivals_of(fields: Mapping[str, str]) -> Rivals:
     return Rivals(chosen, rejected, shared)
 
 
+def spoken(text: str) -> str:
+    """What stands in the JSON text of messages, who speaks before what is said; any other text as it is."""
+    found = _listed(text, strict=False)
+    if not found:
+        return text
+    pairs = [(item.get("role", item.get("from")), item.get("content", item.get("value"))) for item in found]
+    return "".join(f"{role}\n{said}\n" for role, said in pairs)
+
+
 def checked(messages: Messages) -> Messages:
     """The messages, if they are a conversation. Raises: DataError that names the first message which cannot stand."""
     before: str | None = None
@@ -113,7 +122,7 @@ def checked(messages: Messages) -> Messages:
 
 def _messages(text: str, field: str) -> Messages:
     """A list of messages from its JSON text; any other text is what a person says."""
-    value = _json(text)
+    value = _listed(text, strict=field != "prompt")
     if value is None:
         return [{"role": "user", "content": text}]
     if not value:
@@ -123,7 +132,7 @@ def _messages(text: str, field: str) -> Messages:
 
 def _answers(text: str, field: str) -> Messages:
     """The messages of one side of a preference; any other text is an answer."""
-    value = _json(text)
+    value = _listed(text, strict=False)
     if value is None:
         return [{"role": "assistant", "content": text}]
     if not value:
@@ -131,8 +140,8 @@ def _answers(text: str, field: str) -> Messages:
     return [_message(item, f"{field}: message {number}") for number, item in enumerate(value, start=1)]
 
 
-def _json(text: str) -> list[Any] | None:
-    """The list of objects that a text spells, or None."""
+def _listed(text: str, *, strict: bool) -> list[Any] | None:
+    """The list of objects that a text spells, or None; unless `strict`, None too where they are no messages."""
     if text.lstrip()[:1] not in ("[", "{"):
         return None
     try:
@@ -140,7 +149,10 @@ def _json(text: str) -> list[Any] | None:
     except (ValueError, RecursionError):
         return None
     listed = value if isinstance(value, list) else [value]
-    return listed if all(isinstance(item, dict) for item in listed) else None
+    if not all(isinstance(item, dict) for item in listed):
+        return None
+    messages = all(any(set(keys) <= item.keys() for keys in KEYS) for item in listed)
+    return listed if strict or messages else None
 
 
 def _message(item: Mapping[str, Any], where: str) -> dict[str, str]:

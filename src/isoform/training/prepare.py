@@ -28,6 +28,7 @@ from isoform.models.lora import active_adapter, base_fingerprint
 from isoform.objectives.routing import with_routing
 from isoform.registry import build_options, component, lookup, names
 from isoform.storage import fingerprint
+from isoform.text.conversations import spoken
 from isoform.text.ngrams import NGrams
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
 from isoform.training.optimizers import Optimizer
@@ -319,7 +320,7 @@ def _training_texts(config: RunConfig, splits: SplitSources, objective: Objectiv
         )
         source = load_splits(data, (*objective.alternatives, ("text",))).splits["train"]
     for document in source:
-        yield from document.fields.values()
+        yield from map(spoken, document.fields.values())
 
 
 def _batches(config: RunConfig, objective: Objective, dataset: Dataset | None) -> tuple[BatchPlan, int]:
