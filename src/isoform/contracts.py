@@ -152,8 +152,8 @@ class Sequences:
 class Batch:
     """All tokens of all sequences end to end; nothing is padded.
 
-    tokens, positions, targets, segments, ranks: int64 `(n,)`; positions count from 0 in each sequence. sample_keys: int64
-    `(b,)`, a 64-bit hash of each sample's id, the key of its dropout masks. labels: `(b,)` or `(b, c)`.
+    tokens, positions, targets, segments, ranks: int64 `(n,)`; positions count from 0 in each sequence. sample_keys:
+    int64 `(b,)`, a 64-bit hash of each sample's id, the key of its dropout masks. labels: `(b,)` or `(b, c)`.
     weights: `(b,)`.
     num_filler: how many of the last sequences only round n up; they are in no count, target or statistic.
     dropout_key: hash of (seed, step), or None: no dropout. source: the encoder's stream. rival: the stream of what the
@@ -318,8 +318,8 @@ class Cache(Protocol):
 class Model(Protocol):
     """A family's network. `config` is the family's `Config`; `capabilities` says what objectives may ask of it.
 
-    capabilities: subset of {"causal", "bidirectional", "two-stream", "encoder-decoder", "cache", "classify"}. One that classifies has
-    a part `classifier`, None until an objective brings it: `classifier(hidden, batch)` is `(b, c)`.
+    capabilities: subset of {"causal", "bidirectional", "two-stream", "encoder-decoder", "cache", "classify"}. One that
+    classifies has a part `classifier`, None until an objective brings it: `classifier(hidden, batch)` is `(b, c)`.
     """
 
     config: Any

@@ -249,7 +249,7 @@ def _same_samples(first: Probe, second: Probe) -> bool:
 
 
 def _key(sample: Sample) -> SampleKey:
-    arrays = [sample.tokens, sample.targets, sample.segments]
+    arrays = [sample.tokens, sample.targets, sample.segments, sample.ranks]
     beside = [None if other is None else _key(other) for other in (sample.source, sample.rival)]
     return (*(None if a is None else a.tobytes() for a in arrays), sample.label, sample.weight, sample.prefix, *beside)
 
