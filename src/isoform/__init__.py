@@ -153,8 +153,8 @@ def _cache() -> Path:
 
 def predict(model: str | Path, inputs: str | Iterable[str]) -> list[dict[str, Any]]:
     """One object an input, in order: {input, answer}, or of a classifier {input, label, probabilities}."""
+    from isoform.serving.predict import predict as answer
     from isoform.serving.use import open_model, tell_unknown
-    from isoform.serving.use import predict as answer
 
     answers = list(answer(open_model(model), [inputs] if isinstance(inputs, str) else inputs))
     tell_unknown(sum(prediction.num_unknown for prediction in answers))

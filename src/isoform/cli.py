@@ -114,15 +114,20 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Answers or labels for new inputs, in order."""
-    from isoform.serving.use import open_model, read_inputs, write_answers
-    from isoform.serving.use import predict as answer
+    import time
+
+    from isoform.serving.predict import predict as answer
+    from isoform.serving.predict import read_inputs, with_rate, write_answers
+    from isoform.serving.use import open_model
     from isoform.studies.listings import print_answers
 
     opened = open_model(model)
     answers = answer(opened, texts or read_inputs(opened, source))
     if out is not None:
-        count, unknown = write_answers(answers, out)
-        typer.echo(f"{count} answers written to {out}" + _unknown(unknown))
+        began = time.monotonic()
+        count, unknown = write_answers(with_rate(answers, _console(stderr=True)), out)
+        rate = count / max(1e-9, time.monotonic() - began)
+        typer.echo(f"{count} answers written to {out}, {rate:,.0f} a second" + _unknown(unknown))
     elif as_json:
         found = list(answers)
         _print_json([item.as_dict() for item in found])
@@ -289,10 +294,10 @@ def doctor(
         raise typer.Exit(4)
 
 
-def _console() -> Any:
+def _console(*, stderr: bool = False) -> Any:
     from rich.console import Console
 
-    return Console()
+    return Console(stderr=stderr)
 
 
 def _show_warnings_as_lines() -> None:

@@ -163,7 +163,7 @@ def test_memory_does_not_grow_with_the_examples(monkeypatch: pytest.MonkeyPatch)
         assert watch.values()["n"] == number == result.rows[0]["n"] and len(told) == 3 and not result.predictions
         return highest, result.rows
 
-    peak(600)
+    peak(10)
     few, many = peak(600)[0], peak(2400)[0]
     # Eight bytes of each id, and twice that while they are sorted; a row of predictions takes thousands.
     assert many - few < 1800 * 8 * 8

@@ -17,7 +17,8 @@ from isoform.config import RunConfig, run_config
 from isoform.errors import DataError, Stopped
 from isoform.models.lora import adapter_state
 from isoform.reading import merge
-from isoform.serving.use import open_model, predict, read_inputs
+from isoform.serving.predict import predict, read_inputs
+from isoform.serving.use import open_model
 from isoform.storage import read_json, read_jsonl
 from isoform.text.chat import chat_tokens
 from isoform.training.feed import Feed

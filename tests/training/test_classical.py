@@ -20,7 +20,8 @@ import isoform
 from isoform.config import RunConfig, run_config
 from isoform.errors import CheckpointError, ConfigError, DataError
 from isoform.reading import merge
-from isoform.serving.use import open_model, predict
+from isoform.serving.predict import predict
+from isoform.serving.use import open_model
 from isoform.storage import read_json, read_jsonl, write_text
 from isoform.text.ngrams import NGrams, load_ngrams, terms_of
 from isoform.training.plan import plan_config

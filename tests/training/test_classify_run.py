@@ -15,7 +15,8 @@ import isoform
 from isoform.config import RunConfig, run_config
 from isoform.errors import ConfigError, DataError
 from isoform.reading import apply_settings, merge, read_config
-from isoform.serving.use import open_model, predict, read_inputs, write_answers
+from isoform.serving.predict import predict, read_inputs, write_answers
+from isoform.serving.use import open_model
 from isoform.storage import read_json, read_jsonl
 from isoform.training.prepare import prepare
 from isoform.training.run import train

@@ -205,7 +205,7 @@ class Classify:
             if name not in self._index:
                 raise DataError(
                     f"{place(document)}: the label {name!r} is none of those in training"
-                    f"{nearest(name, self.labels)}: {', '.join(self.labels)}"
+                    f"{nearest(name, self.labels)}: {', '.join(self.labels)}{_unlike(name, self.labels)}"
                 )
         return np.array([self._index[name] for name in names], dtype=np.int32)
 
@@ -348,6 +348,15 @@ def _names(document: Document, config: Classify.Config) -> list[str]:
     if config.task == "multi-label":
         return sorted({name.strip() for name in text.split(config.separator) if name.strip()})
     return [required_text(document, "label").strip()]
+
+
+def _unlike(name: str, labels: Sequence[str]) -> str:
+    """What to do where labels are numbers on one side and names on the other."""
+    numbers = [label.lstrip("-").isdigit() for label in (name, *labels)]
+    if any(numbers[1:]) == numbers[0] or not any(numbers):
+        return ""
+    here, there = ("a number", "names") if numbers[0] else ("a name", "numbers")
+    return f"; here it is {here}, in training they are {there}: write them alike in every file"
 
 
 def _number(document: Document) -> float:

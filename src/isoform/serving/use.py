@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,22 +19,16 @@ from isoform import machine
 from isoform.checkpoints.folders import LoadedModel, load_model
 from isoform.config import Beams, DataConfig, RunConfig, run_config
 from isoform.contracts import Document, IntArray, Objective, Prompt
-from isoform.data.batches import collate
 from isoform.data.corpus import build_dataset
 from isoform.data.identity import content_hash
-from isoform.data.readers import read_lines
-from isoform.data.sources import open_source
 from isoform.data.splits import load_splits
 from isoform.errors import CheckpointError, ConfigError, IsoformWarning
-from isoform.evaluation.evaluate import Evaluation, evaluate, token_batches
+from isoform.evaluation.evaluate import Evaluation, evaluate
 from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, text_stream
 from isoform.registry import component
-from isoform.storage import json_line, locked, read_json, staged_file, write_json
+from isoform.storage import locked, read_json, write_json
 from isoform.text.chat import chat_tokens, closing_ids
 from isoform.text.tokenizers import TextTokenizer
-
-# Inputs that are answered together; more only cost memory.
-CHUNK = 512
 
 
 @dataclass
@@ -175,94 +167,16 @@ def _enter_test_score(folder: Path) -> None:
         write_json(path, manifest)
 
 
-# A text, or the texts of a pair by their columns.
-Input = str | Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """One label, or several, or a number, with the probability of each label; `num_unknown` as in `Answer`."""
-
-    input: Input
-    label: Any
-    probabilities: Mapping[str, float]
-    num_unknown: int
-
-    def as_dict(self) -> dict[str, Any]:
-        given = self.input if isinstance(self.input, str) else dict(self.input)
-        return {"input": given, "label": self.label, "probabilities": dict(self.probabilities)}
-
-    @property
-    def answer(self) -> str:
-        """What was decided, in one line."""
-        labels = self.label if isinstance(self.label, list) else [self.label]
-        return ", ".join(f"{label:g}" if isinstance(label, float) else str(label) for label in labels)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One prediction; `num_unknown` input tokens were not known to the tokenizer."""
-
-    input: Input
-    answer: str
-    num_unknown: int
-
-    def as_dict(self) -> dict[str, Any]:
-        given = self.input if isinstance(self.input, str) else dict(self.input)
-        return {"input": given, "answer": self.answer}
-
-
-def predict(opened: Opened, inputs: Iterable[Input]) -> Iterator[Answer | Decision]:
-    """One answer or decision an input, in order, streamed in chunks. Raises: ConfigError, DataError."""
-    decides = "classify" in opened.objective.needs
-    answers: Callable[[Opened, list[Any]], Iterator[Answer | Decision]] = _decisions if decides else _answers
-    chunk: list[Input] = []
-    for text in inputs:
-        chunk.append(text)
-        if len(chunk) == CHUNK:
-            yield from answers(opened, chunk)
-            chunk = []
-    if chunk:
-        yield from answers(opened, chunk)
-
-
-def _decisions(opened: Opened, inputs: list[Input]) -> Iterator[Decision]:
-    objective: Any = opened.objective
-    encoded: list[Any] = []
-    for given in inputs:
-        fields = {objective.inputs[0]: given} if isinstance(given, str) else dict(given)
-        document = Document(str(content_hash(fields)), fields, {"source": "input", "row": len(encoded) + 1})
-        encoded.append(objective.encode(document))
-    samples = [objective.view(one) for one in encoded]
-    found: dict[int, dict[str, Any]] = {}
-    for group in token_batches(list(enumerate(samples)), opened.config.evaluate.batch_tokens):
-        batch = collate([sample for _, sample in group]).to(opened.device)
-        with torch.no_grad(), opened.autocast():
-            rows = objective.decided(opened.model, batch, opened.model(batch))
-        found |= {index: row for (index, _), row in zip(group, rows, strict=True)}
-    for index, (given, sample) in enumerate(zip(inputs, samples, strict=True)):
-        yield Decision(given, num_unknown=count_unknown(opened, sample.tokens), **found[index])
-
-
-def _answers(opened: Opened, texts: list[Input]) -> Iterator[Answer]:
-    field = opened.objective.alternatives[0][0]
-    prompts = [_prompt(opened, {field: text} if isinstance(text, str) else text) for text in texts]
-    generations = generate(
-        opened.model,
-        prompts,
-        max_new_tokens=opened.config.evaluate.max_new_tokens,
-        beams=opened.config.evaluate.beams,
-        device=opened.device,
-        autocast=opened.autocast,
-    )
-    for text, prompt, generation in zip(texts, prompts, generations, strict=True):
-        yield Answer(text, opened.tokenizer.decode(generation.tokens), count_unknown(opened, prompt.tokens))
-
-
 def count_unknown(opened: Opened, tokens: IntArray) -> int:
     """Tokens of an input that stand for what the tokenizer does not know."""
     unknown = opened.tokenizer.special_ids.get("unk")
     return 0 if unknown is None else int(np.count_nonzero(tokens == unknown))
+
+
+def given_document(opened: Opened, given: str | Mapping[str, str], source: str, row: int | None) -> Document:
+    """A document of a text, which is the first field that the objective reads, or of several by their names."""
+    fields = {opened.objective.alternatives[0][0]: given} if isinstance(given, str) else dict(given)
+    return Document(str(content_hash(fields)), fields, {"source": source, "row": row})
 
 
 def tell_unknown(count: int) -> None:
@@ -273,9 +187,9 @@ def tell_unknown(count: int) -> None:
         )
 
 
-def _prompt(opened: Opened, fields: Mapping[str, str]) -> Prompt:
-    encoded = opened.objective.encode(Document(str(content_hash(fields)), dict(fields), {"source": "input", "row": 1}))
-    prompt = opened.objective.prompt(encoded)
+def prompt_of(opened: Opened, document: Document) -> Prompt:
+    """What the model is asked by a document. Raises: ConfigError, DataError."""
+    prompt = opened.objective.prompt(opened.objective.encode(document))
     if prompt is None:
         raise ConfigError(f"objective.kind: {opened.config.objective['kind']} does not answer; use `isoform eval`")
     return prompt
@@ -318,7 +232,7 @@ def _continued(opened: Opened, text: str, *, chat: bool, max_new_tokens: int) ->
     if "encoder-decoder" in opened.model.capabilities:
         if not text.strip():
             raise ConfigError("--prompt: empty, and an encoder needs something to read; give some text")
-        asked = _prompt(opened, {opened.objective.alternatives[0][0]: text})
+        asked = prompt_of(opened, given_document(opened, text, "--prompt", None))
         return dataclasses.replace(asked, max_new_tokens=max_new_tokens)
     special = opened.tokenizer.special_ids
     stop = opened.stop
@@ -333,58 +247,3 @@ def _continued(opened: Opened, text: str, *, chat: bool, max_new_tokens: int) ->
             raise ConfigError("--prompt: empty, and this tokenizer has no token to begin with; give some text")
         tokens = np.array([start], dtype=np.int32)
     return Prompt("prompt", tokens, stop, max_new_tokens, text)
-
-
-def read_inputs(opened: Opened, path: Path | None) -> Iterator[Input]:
-    """Inputs from a file, or one a line from standard input.
-
-    A .txt file has one input a line; a csv or tsv of a run that names its columns has them, or the first alone; other
-    files have a header or keys, and the first fields that the run can read are. Raises: DataError with file and line.
-    """
-    if path is None:
-        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
-        return
-    if path.suffix == ".txt":
-        yield from (line.rstrip("\n") for _, line in read_lines(path) if line.strip())
-        return
-    others = opened.objective.optional_fields
-    ways = [tuple(field for field in way if field not in others) for way in opened.objective.alternatives]
-    ways = list(dict.fromkeys(filter(None, ways)))
-    for document in open_source(str(path.resolve()), opened.config.data, tuple(ways), others):
-        fields = next(way for way in ways if all(field in document.fields for field in way))
-        texts = {field: document.fields[field] for field in fields}
-        yield texts[fields[0]] if fields == ways[0][:1] else texts
-
-
-def write_answers(answers: Iterable[Answer | Decision], path: Path) -> tuple[int, int]:
-    """Writes .csv or .jsonl, streaming; returns (answers, unknown input tokens).
-
-    Columns: input, answer; of a classifier each input, label, and `probability NAME` for each label.
-    """
-    if path.suffix not in {".csv", ".jsonl", ".txt"}:
-        raise ConfigError(f"--out {path}: a name that ends in .csv, .jsonl or .txt is expected")
-    count = unknown = 0
-    with staged_file(path) as file:
-        table = csv.writer(file) if path.suffix == ".csv" else None
-        for answer in answers:
-            if table is not None and count == 0:
-                table.writerow(_cells(answer))
-            count, unknown = count + 1, unknown + answer.num_unknown
-            if table is not None:
-                table.writerow(_cells(answer).values())
-            elif path.suffix == ".txt":
-                file.write(answer.answer + "\n")
-            else:
-                file.write(json_line(answer.as_dict()))
-        if table is not None and count == 0:
-            table.writerow(["input", "answer"])
-    return count, unknown
-
-
-def _cells(answer: Answer | Decision) -> dict[str, Any]:
-    """Column -> value of one row of a csv."""
-    inputs = {"input": answer.input} if isinstance(answer.input, str) else dict(answer.input)
-    if isinstance(answer, Answer):
-        return {**inputs, "answer": answer.answer}
-    shares = {f"probability {name}": f"{share:.6g}" for name, share in answer.probabilities.items()}
-    return {**inputs, "label": answer.answer, **shares}

@@ -1,0 +1,188 @@
+"""Answers to many inputs: read, answered in chunks, written, in order; memory does not grow with their number."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+
+from isoform.contracts import Document
+from isoform.data.batches import collate
+from isoform.data.readers import read_lines
+from isoform.data.sources import open_source
+from isoform.errors import ConfigError
+from isoform.evaluation.evaluate import token_batches
+from isoform.evaluation.generate import generate
+from isoform.serving.use import Opened, count_unknown, given_document, prompt_of
+from isoform.storage import json_line, staged_file
+
+# Inputs that are answered together; more only cost memory.
+CHUNK = 512
+# Seconds between two looks at the rate.
+LOOK_SECONDS = 1.0
+
+# A text, or the texts of a pair by their columns.
+Input = str | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One label, or several, or a number, with the probability of each label; `num_unknown` as in `Answer`."""
+
+    input: Input
+    label: Any
+    probabilities: Mapping[str, float]
+    num_unknown: int
+
+    def as_dict(self) -> dict[str, Any]:
+        given = self.input if isinstance(self.input, str) else dict(self.input)
+        return {"input": given, "label": self.label, "probabilities": dict(self.probabilities)}
+
+    @property
+    def answer(self) -> str:
+        """What was decided, in one line."""
+        labels = self.label if isinstance(self.label, list) else [self.label]
+        return ", ".join(f"{label:g}" if isinstance(label, float) else str(label) for label in labels)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One prediction; `num_unknown` input tokens were not known to the tokenizer."""
+
+    input: Input
+    answer: str
+    num_unknown: int
+
+    def as_dict(self) -> dict[str, Any]:
+        given = self.input if isinstance(self.input, str) else dict(self.input)
+        return {"input": given, "answer": self.answer}
+
+
+def predict(opened: Opened, inputs: Iterable[Input | Document]) -> Iterator[Answer | Decision]:
+    """One answer or decision an input, in order, streamed in chunks.
+
+    Raises: ConfigError; DataError that names an input's place: file and row, or `input` and its number.
+    """
+    decides = "classify" in opened.objective.needs
+    answers: Callable[[Opened, list[Document]], Iterator[Answer | Decision]] = _decisions if decides else _answers
+    chunk: list[Document] = []
+    for number, given in enumerate(inputs, start=1):
+        chunk.append(given if isinstance(given, Document) else given_document(opened, given, "input", number))
+        if len(chunk) == CHUNK:
+            yield from answers(opened, chunk)
+            chunk = []
+    if chunk:
+        yield from answers(opened, chunk)
+
+
+def _decisions(opened: Opened, documents: list[Document]) -> Iterator[Decision]:
+    objective: Any = opened.objective
+    samples = [objective.view(objective.encode(document)) for document in documents]
+    found: dict[int, dict[str, Any]] = {}
+    for group in token_batches(list(enumerate(samples)), opened.config.evaluate.batch_tokens):
+        batch = collate([sample for _, sample in group]).to(opened.device)
+        with torch.no_grad(), opened.autocast():
+            rows = objective.decided(opened.model, batch, opened.model(batch))
+        found |= {index: row for (index, _), row in zip(group, rows, strict=True)}
+    for index, (document, sample) in enumerate(zip(documents, samples, strict=True)):
+        yield Decision(_given(opened, document), num_unknown=count_unknown(opened, sample.tokens), **found[index])
+
+
+def _answers(opened: Opened, documents: list[Document]) -> Iterator[Answer]:
+    prompts = [prompt_of(opened, document) for document in documents]
+    generations = generate(
+        opened.model,
+        prompts,
+        max_new_tokens=opened.config.evaluate.max_new_tokens,
+        beams=opened.config.evaluate.beams,
+        device=opened.device,
+        autocast=opened.autocast,
+    )
+    for document, prompt, generation in zip(documents, prompts, generations, strict=True):
+        said = opened.tokenizer.decode(generation.tokens)
+        yield Answer(_given(opened, document), said, count_unknown(opened, prompt.tokens))
+
+
+def _given(opened: Opened, document: Document) -> Input:
+    """The text of a document that has the first field alone, else its texts by their names."""
+    first = opened.objective.alternatives[0][0]
+    return document.fields[first] if list(document.fields) == [first] else dict(document.fields)
+
+
+def with_rate(answers: Iterable[Answer | Decision], console: Console) -> Iterator[Answer | Decision]:
+    """The same answers; on a terminal it is shown how many there are and how fast they come."""
+    if not console.is_terminal:
+        yield from answers
+        return
+    began = looked = time.monotonic()
+    with Live("", console=console, transient=True, auto_refresh=False) as live:
+        for number, answer in enumerate(answers, start=1):
+            yield answer
+            if (now := time.monotonic()) - looked >= LOOK_SECONDS:
+                looked = now
+                live.update(f"{number:,} answers, {number / (now - began):,.0f} a second", refresh=True)
+
+
+def read_inputs(opened: Opened, path: Path | None) -> Iterator[Document]:
+    """Inputs from a file, or one a line from standard input.
+
+    A .txt file has one input a line; a csv or tsv of a run that names its columns has them, or the first alone; other
+    files have a header or keys, and the first fields that the run can read are. Raises: DataError with file and line.
+    """
+    if path is None:
+        lines = ((number, line.rstrip("\r\n")) for number, line in enumerate(sys.stdin, start=1))
+        yield from (given_document(opened, line, "input", number) for number, line in lines if line.strip())
+        return
+    if path.suffix == ".txt":
+        lines = ((number, line.rstrip("\n")) for number, line in read_lines(path))
+        yield from (given_document(opened, line, str(path), number) for number, line in lines if line.strip())
+        return
+    others = opened.objective.optional_fields
+    ways = [tuple(field for field in way if field not in others) for way in opened.objective.alternatives]
+    ways = list(dict.fromkeys(filter(None, ways)))
+    for document in open_source(str(path.resolve()), opened.config.data, tuple(ways), others):
+        fields = next(way for way in ways if all(field in document.fields for field in way))
+        yield dataclasses.replace(document, fields={field: document.fields[field] for field in fields})
+
+
+def write_answers(answers: Iterable[Answer | Decision], path: Path) -> tuple[int, int]:
+    """Writes .csv or .jsonl, streaming; returns (answers, unknown input tokens).
+
+    Columns: input, answer; of a classifier each input, label, and `probability NAME` for each label.
+    """
+    if path.suffix not in {".csv", ".jsonl", ".txt"}:
+        raise ConfigError(f"--out {path}: a name that ends in .csv, .jsonl or .txt is expected")
+    count = unknown = 0
+    with staged_file(path) as file:
+        table = csv.writer(file) if path.suffix == ".csv" else None
+        for answer in answers:
+            if table is not None and count == 0:
+                table.writerow(_cells(answer))
+            count, unknown = count + 1, unknown + answer.num_unknown
+            if table is not None:
+                table.writerow(_cells(answer).values())
+            elif path.suffix == ".txt":
+                file.write(answer.answer + "\n")
+            else:
+                file.write(json_line(answer.as_dict()))
+        if table is not None and count == 0:
+            table.writerow(["input", "answer"])
+    return count, unknown
+
+
+def _cells(answer: Answer | Decision) -> dict[str, Any]:
+    """Column -> value of one row of a csv."""
+    inputs = {"input": answer.input} if isinstance(answer.input, str) else dict(answer.input)
+    if isinstance(answer, Answer):
+        return {**inputs, "answer": answer.answer}
+    shares = {f"probability {name}": f"{share:.6g}" for name, share in answer.probabilities.items()}
+    return {**inputs, "label": answer.answer, **shares}
