@@ -114,13 +114,13 @@ def test_answers_are_learnt_and_end_by_themselves(data: Path, tmp_path: Path) ->
 
 
 def test_what_is_lost_is_told_before_the_training(data: Path) -> None:
-    run = prepare(config(data, text={"max_tokens": 24}))
+    run = prepare(config(data, text={"max_tokens": 18}))
     said = "; ".join(warnings(run, [1.0, 0.5]))
     assert "answer tokens of train are cut off (text.max_tokens)" in said
     assert "lose every answer token and are left out; raise text.max_tokens" in said
     assert len(run.datasets["train"]) < run.datasets["train"].report["documents"]
-    with pytest.raises(DataError, match="at most 24 fit"):
-        prepare(config(data, text={"max_tokens": 24}, data={"long_documents": "refuse"}))
+    with pytest.raises(DataError, match="at most 18 fit"):
+        prepare(config(data, text={"max_tokens": 18}, data={"long_documents": "refuse"}))
     rows = [{"messages": [{"role": "user", "content": thing}]} for thing in THINGS]
     (data / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"chat\.jsonl:\d+: a conversation without an answer"):
