@@ -81,3 +81,22 @@ def test_two_streams_have_as_many_sequences_whichever_needs_filler(targets: list
     assert batch.longest_tokens >= max(sample.num_tokens for sample in samples)
     assert batch.targets is not None
     assert (batch.targets[sum(targets) :] == IGNORE).all()
+
+
+@pytest.mark.parametrize("filler", [None, 1, 8])
+def test_rivals_stand_in_a_stream_of_their_own_beside_their_samples(filler: int | None) -> None:
+    samples = [sample(number, 2 + number, rival=sample(number + 9, 5 - number)) for number in range(3)]
+    batch = collate(samples, filler_to=filler)
+    assert batch.rival is not None and batch.source is None
+    assert batch.streams == (batch, batch.rival)
+    assert len(batch.rival.sequences) == len(batch.sequences) == 3 + batch.num_filler
+    assert batch.rival.sequences.lengths[:3] == (5, 4, 3)
+    joined = np.concatenate([one.rival.targets for one in samples])  # type: ignore[union-attr]
+    assert batch.rival.targets is not None and batch.rival.targets[: len(joined)].tolist() == joined.tolist()
+    assert (batch.rival.targets[len(joined) :] == IGNORE).all()
+    assert batch.num_tokens == len(batch.tokens) + len(batch.rival.tokens)
+    assert [one.num_tokens for one in samples] == [7, 7, 7]
+    moved = batch.to("cpu")
+    assert moved.rival is not None and moved.rival.tokens.tolist() == batch.rival.tokens.tolist()
+    if not batch.num_filler:
+        assert batch.longest_tokens == 7
