@@ -63,8 +63,9 @@ class DataConfig(Section):
     train: Files | None = None
     dev: Files | None = None
     test: Files | None = None
-    unit: Literal["line", "paragraph", "piece", "file"] = "line"
-    # what a document is in a .txt file; piece: about 16 kB, cut at line ends, so that one long text can be split
+    unit: Literal["line", "paragraph", "piece", "file", "conll"] = "line"
+    # what a document is in a .txt file; piece: about 16 kB, cut at line ends, so that one long text can be split;
+    # conll: a sentence, a word and its tag a line, as in .conll files
     columns: list[str] | None = None
     # names of the columns of csv and tsv files without a header row; null: the first row is the header
     text: str = "text"
@@ -78,6 +79,8 @@ class DataConfig(Section):
     prompt: str = "prompt"
     chosen: str = "chosen"
     rejected: str = "rejected"
+    tokens: str = "tokens"
+    tags: str = "tags"
     # the column that holds each field
     splits: Splits = Splits()
     # used with `path`; by hash of the content, so equal texts never stand in two splits

@@ -285,7 +285,7 @@ def _real(array: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def _call(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
-    """The rows padded on the right, as ids and mask; an encoder-decoder reads them as its source and its target."""
+    """The rows padded to the longest, as ids and mask; an encoder-decoder reads them as its source and its target."""
     longest = max(len(row) for row in rows)
     ids = [[*row, *[_padding(loaded)] * (longest - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
@@ -307,7 +307,7 @@ def _ours(model: Any, rows: Sequence[Sequence[int]], output: onnx.Output) -> Ten
     model = model.to(torch.float32).eval()
     with torch.no_grad():
         states: Tensor = model(batch).hidden
-        if output == "class scores":
+        if output in ("class scores", "tag scores"):
             scores: Tensor = model.classifier(states, batch)
             return scores
         return states if output == "hidden states" else model.logits(states)

@@ -5,7 +5,8 @@
     encoder-decoder   input_ids, attention_mask (b, s),
                       decoder_input_ids, decoder_attention_mask (b, t)    -> logits (b, t, v)
 
-With a classifier: logits (b, c), a score for each label. Otherwise zero at padding, which may stand at either end.
+With a classifier: logits (b, c), a score for each label, or (b, t, c) where each token has its own. All but the first
+are zero at padding, which may stand at either end.
 Attention takes its dense form, experts all see every token. There is no cache: a text is continued by reading it again.
 Weights are float32.
 """
@@ -34,7 +35,7 @@ from isoform.layers.attention import Padded
 MOST_BYTES_WITHIN = 1_800_000_000
 # Of the example that the graph is made from; neither is kept in it.
 EXAMPLE_ROWS, EXAMPLE_TOKENS = 3, 7
-Output = Literal["class scores", "hidden states", "logits"]
+Output = Literal["class scores", "tag scores", "hidden states", "logits"]
 
 
 class Dense(nn.Module):
@@ -66,7 +67,10 @@ class Dense(nn.Module):
         if self.output == "class scores":
             scores: Tensor = self.model.classifier(states, batch)
             return scores
-        output: Tensor = states if self.output == "hidden states" else self.model.logits(states)
+        if self.output == "tag scores":
+            output: Tensor = self.model.classifier(states, batch)
+        else:
+            output = states if self.output == "hidden states" else self.model.logits(states)
         real = batch.sequences.real
         return output.view(*real.shape, -1).masked_fill(~real[..., None], 0.0)  # (n, v) -> (b, t, v)
 
@@ -83,9 +87,9 @@ def _flat(values: Tensor | None) -> Tensor | None:
 
 
 def output_of(model: Any) -> Output:
-    """What a model gives: scores of labels, of the vocabulary at each place, or hidden states where it has no head."""
+    """What a model gives: scores of labels, scores at each place, or hidden states where it has no head."""
     if getattr(model, "classifier", None) is not None:
-        return "class scores"
+        return "tag scores" if model.config.classifier.pooling == "none" else "class scores"
     headless = "bidirectional" in model.capabilities and getattr(model, "head", None) is None
     return "hidden states" if headless else "logits"
 

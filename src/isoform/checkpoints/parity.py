@@ -84,7 +84,7 @@ def compare(loaded: LoadedModel, folder: Path) -> Parity:
         pairs = {} if "logits" in output else {"hidden states": (hidden, output[0][real])}
         scores = output.get("logits", output.get("prediction_logits"))
         if scores is not None and getattr(model, "classifier", None) is not None:
-            pairs = {"logits": (model.classifier(hidden, batch), scores)}
+            pairs = {"logits": (model.classifier(hidden, batch), scores[real] if scores.ndim == 3 else scores)}
         elif scores is not None and scores.shape[-1] == model.config.vocab_size and scores.ndim == 3:
             pairs["logits"] = (model.logits(hidden), scores[real])
         elif scores is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -90,8 +91,11 @@ def _decoded(raw: bytes, path: Path, number: int) -> str:
 def read_text(path: Path, layout: Layout) -> Iterator[Row]:
     """A .txt file as lines, paragraphs (parted by blank lines), pieces that end with a line, or one document.
 
-    Blank ones are no documents.
+    Blank ones are no documents. With the unit `conll` it is read as a .conll file.
     """
+    if layout.unit == "conll":
+        yield from read_conll(path, layout)
+        return
     if layout.unit == "line":
         for number, line in read_lines(path):
             if line.strip():
@@ -247,6 +251,7 @@ READERS: dict[str, Callable[[Path, Layout], Iterator[Row]]] = {
     ".tsv": read_tsv,
     ".json": read_json,
     ".jsonl": read_jsonl,
+    ".conll": read_conll,
     ".parquet": read_parquet,
 }
 

@@ -1,6 +1,6 @@
 """Sources: where documents come from, named by a text.
 
-    reviews.parquet                         a file: txt, csv, tsv, json, jsonl, parquet; the text formats also as .gz
+    reviews.parquet                         a file: txt, csv, tsv, json, jsonl, conll, parquet; all but this also as .gz
     novels/                                 a folder of such files, in the order of their names
     hf:owner/name@revision:config#split     a dataset of the Hugging Face hub; all but owner/name may be left out
     builtin:city-facts                      a set that comes with isoform
@@ -33,9 +33,9 @@ from isoform.storage import fingerprint
 
 # What a document's fields are called, and by which setting of `data` a column becomes one.
 PLAIN, CHATS = ("text", "label", "question", "answer"), ("messages", "instruction", "input", "output")
-KNOWN_FIELDS = (*PLAIN, *CHATS, "prompt", "chosen", "rejected")
+KNOWN_FIELDS = (*PLAIN, *CHATS, "prompt", "chosen", "rejected", "tokens", "tags")
 # Fields that may hold a list or an object: it travels as its JSON text.
-NESTED_FIELDS = frozenset({"messages", "conversations", "prompt", "chosen", "rejected"})
+NESTED_FIELDS = frozenset({"messages", "conversations", "prompt", "chosen", "rejected", "tokens", "tags"})
 # Fields that add to another one, in which nothing is no mistake.
 ADDED_FIELDS = frozenset({"input"})
 

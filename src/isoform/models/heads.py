@@ -1,17 +1,17 @@
-"""Classifiers on top of every family: a text becomes one vector, and that a score for each label.
+"""Classifiers on top of every family: a text becomes one vector, and that a score for each label; or each token does.
 
-    logits = scores dropout(norm(act(dense pooled)))        pooled: its first token, its last, or the mean of all
+    logits = scores dropout(norm(act(dense pooled)))        pooled: its first token, its last, the mean of all, or each
 
 Which of the parts between pooling and scores there are is the family's choice, as in its `*ForSequenceClassification`
-in transformers; `Shape` tells them apart. A model has a classifier where its config says so, so that folders carry it
-like any other part, its labels in `id2label`.
+and `*ForTokenClassification` in transformers; `Shape` tells them apart. A model has a classifier where its config says
+so, so that folders carry it like any other part, its labels in `id2label`.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from isoform.contracts import Batch, Sequences
+from isoform.errors import ConfigError
 from isoform.layers import ragged
 from isoform.layers.attention import Padded
 from isoform.layers.dropout import Dropout, token_keys
@@ -29,7 +30,7 @@ from isoform.models.names import Place, Table
 from isoform.registry import Options
 
 Task = Literal["single-label", "multi-label", "regression"]
-Pooling = Literal["cls", "mean", "last"]
+Pooling = Literal["cls", "mean", "last", "none"]
 # Ours -> `problem_type` of config.json.
 PROBLEMS: dict[Task, str] = {
     "single-label": "single_label_classification",
@@ -37,7 +38,7 @@ PROBLEMS: dict[Task, str] = {
     "regression": "regression",
 }
 CLASS_ENDING = re.compile(r"(Model|LMHeadModel|ForCausalLM|ForMaskedLM)$")
-CLASSIFIES = "ForSequenceClassification"
+CLASSIFIES, TAGS = "ForSequenceClassification", "ForTokenClassification"
 
 
 class Classifier(Options):
@@ -47,7 +48,7 @@ class Classifier(Options):
     # names; of a regression the name of its number
     task: Task = "single-label"
     pooling: Pooling = "cls"
-    # cls: the first token stands for the text; last: the last one; mean: all of them
+    # cls: the first token stands for the text; last: the last one; mean: all of them; none: each token for itself
     dropout: float = Field(0.0, ge=0, lt=1)
     # before the scores
 
@@ -69,6 +70,8 @@ class Shape:
     stands before the dense layer. dropout: the family's rate, from its config; dropout_field: its name in config.json;
     stored_dropout: the rate that a config.json means.
     names: our layer -> theirs. carried: a layer of other heads of ours -> the layer here that begins with its weights.
+    unused: layers of theirs that old folders have and no score depends on. tokens: the shape where each token is scored
+    for itself; None: the family has none.
     """
 
     names: Mapping[str, str]
@@ -83,15 +86,25 @@ class Shape:
     dropout_field: str | None = None
     stored_dropout: Callable[[Mapping[str, Any]], float] = lambda given: 0.0
     carried: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    tokens: Shape | None = None
+
+    def of(self, classifier: Classifier) -> Shape:
+        """This shape, or that of tokens. Raises: ConfigError where the family has none."""
+        if classifier.pooling != "none":
+            return self
+        if self.tokens is None:
+            raise ConfigError("model.classifier.pooling: none: each token is scored for itself in encoders alone")
+        return self.tokens
 
 
 class ClassificationHead(nn.Module):
-    """Scores of each sequence's labels.
+    """Scores of each sequence's labels, or of each token's.
 
     logits = scores dropout(norm(act(dense pooled))), without the parts that the family has not
 
-    Shapes: hidden `(n, d)` -> `(b, c)`, c the labels; filler gets scores too.
-    Source: the `*ForSequenceClassification` of HF, with which logits agree for the poolings that it has.
+    Shapes: hidden `(n, d)` -> `(b, c)`, or without pooling `(n, c)`, c the labels; filler gets scores too.
+    Source: the `*ForSequenceClassification` and `*ForTokenClassification` of HF, with which logits agree.
     Differs: what is pooled has no padding in it.
     """
 
@@ -107,9 +120,9 @@ class ClassificationHead(nn.Module):
 
     def forward(self, hidden: Tensor, batch: Batch) -> Tensor:
         keys = token_keys(batch)
-        if keys is not None:
+        if keys is not None and self.pooling != "none":
             keys = keys[torch.tensor(ragged.starts(batch.sequences), device=keys.device)]  # (n,) -> (b,)
-        pooled = pool(hidden, batch.sequences, self.pooling)
+        pooled = hidden if self.pooling == "none" else pool(hidden, batch.sequences, self.pooling)
         if self.dense is not None and self.activation is not None:
             pooled = self.activation(self.dense(self.input_dropout(pooled, keys)))
         if self.norm is not None:
@@ -145,7 +158,8 @@ def build(shape: Shape, config: Any) -> ClassificationHead | None:
     """The classifier that a family's config asks for."""
     if config.classifier is None:
         return None
-    return ClassificationHead(shape, config.classifier, config.width, getattr(config, "norm_eps", 1e-5))
+    own = shape.of(config.classifier)
+    return ClassificationHead(own, config.classifier, config.width, getattr(config, "norm_eps", 1e-5))
 
 
 def attach(model: Any, wanted: Classifier, seed: int) -> Any:
@@ -156,10 +170,10 @@ def attach(model: Any, wanted: Classifier, seed: int) -> Any:
     cls = type(model)
     grown = cls(model.config.model_copy(update={"classifier": wanted, **without_heads(cls.Config)}), seed=seed)
     state = grown.state_dict()
-    new = set(state)
+    new, carried = set(state), cls.classifier_shape.of(wanted).carried
     for name, tensor in model.state_dict().items():
         layer, _, kind = name.rpartition(".")
-        place = f"{cls.classifier_shape.carried.get(layer, layer)}.{kind}"
+        place = f"{carried.get(layer, layer)}.{kind}"
         if place in state and not name.startswith("classifier."):
             state[place] = tensor
             new.discard(place)
@@ -180,7 +194,7 @@ def why_not(shape: Shape, config: Any) -> list[str]:
     """What the classifier has and that of transformers has not."""
     if config.classifier is None:
         return []
-    pooling = config.classifier.pooling
+    pooling, shape = config.classifier.pooling, shape.of(config.classifier)
     others = [name for name in without_heads(type(config)) if getattr(config, name) != "none"]
     reasons = [] if pooling in shape.poolings else [f"pooling {pooling} (its own: {', '.join(shape.poolings)})"]
     return reasons + [f"{name} beside a classifier" for name in others]
@@ -191,30 +205,34 @@ def written(shape: Shape, config: Any, form: dict[str, Any]) -> dict[str, Any]:
     classifier = config.classifier
     if classifier is None:
         return form
+    shape, tags = shape.of(classifier), classifier.pooling == "none"
     fields = {shape.pooling_field: classifier.pooling, shape.dropout_field: classifier.dropout}
     return {
         **form,
-        "architectures": [CLASS_ENDING.sub("", form["architectures"][0]) + CLASSIFIES],
+        "architectures": [CLASS_ENDING.sub("", form["architectures"][0]) + (TAGS if tags else CLASSIFIES)],
         "id2label": {str(place): name for place, name in enumerate(classifier.labels)},
         "label2id": {name: place for place, name in enumerate(classifier.labels)},
-        "problem_type": PROBLEMS[classifier.task],
+        **({} if tags else {"problem_type": PROBLEMS[classifier.task]}),
         **{name: value for name, value in fields.items() if name is not None},
     }
 
 
 def read(shape: Shape, family: type[Any], given: Mapping[str, Any], stored: list[str] | None) -> dict[str, Any]:
     """Our options of a classifier, where config.json names one and its tensors, if known, are there."""
-    named = str(next(iter(given.get("architectures") or [""]))).endswith(CLASSIFIES)
-    if not named or (stored is not None and f"{shape.names['scores']}.weight" not in stored):
+    named = str(next(iter(given.get("architectures") or [""])))
+    tags = named.endswith(TAGS)
+    found = shape.tokens if tags else shape if named.endswith(CLASSIFIES) else None
+    if found is None or (stored is not None and f"{found.names['scores']}.weight" not in stored):
         return {}
     labels = given.get("id2label") or {"0": "LABEL_0", "1": "LABEL_1"}  # what transformers does not write down
     names = [str(labels[place]) for place in sorted(labels, key=int)]
     task = next((ours for ours, theirs in PROBLEMS.items() if theirs == given.get("problem_type")), None)
+    guessed = "regression" if len(names) == 1 else "single-label"
     classifier = {
         "labels": names,
-        "task": task or ("regression" if len(names) == 1 else "single-label"),
-        "pooling": given.get(shape.pooling_field or "", shape.poolings[0]),
-        "dropout": shape.stored_dropout(given),
+        "task": "single-label" if tags else task or guessed,
+        "pooling": given.get(found.pooling_field or "", found.poolings[0]),
+        "dropout": found.stored_dropout(given),
     }
     return {"classifier": classifier, **without_heads(family.Config)}
 
@@ -223,7 +241,9 @@ def table(shape: Shape, config: Any) -> Table:
     """Their names -> our places, of the classifier alone."""
     if config.classifier is None:
         return {}
-    return {
+    shape = shape.of(config.classifier)
+    unused: dict[str, Place | None] = {f"{name}.{kind}": None for name in shape.unused for kind in ("weight", "bias")}
+    return unused | {
         f"{theirs}.{kind}": Place(f"classifier.{ours}.{kind}")
         for ours, theirs in shape.names.items()
         for kind in ("weight", "bias")
@@ -248,6 +268,14 @@ BERT = Shape(
     dropout_field="classifier_dropout",
     stored_dropout=_bert_dropout,
     carried={"pooler": "classifier.dense"},
+    tokens=Shape(
+        names={"scores": "classifier"},
+        poolings=("none",),
+        dropout=lambda config: float(config.dropout),
+        dropout_field="classifier_dropout",
+        stored_dropout=_bert_dropout,
+        unused=("bert.pooler.dense",),
+    ),
 )
 ROBERTA = Shape(
     names={"dense": "classifier.dense", "scores": "classifier.out_proj"},
@@ -256,6 +284,14 @@ ROBERTA = Shape(
     dropout=lambda config: float(config.dropout),
     dropout_field="classifier_dropout",
     stored_dropout=_bert_dropout,
+    tokens=Shape(
+        names={"scores": "classifier"},
+        poolings=("none",),
+        dropout=lambda config: float(config.dropout),
+        dropout_field="classifier_dropout",
+        stored_dropout=_bert_dropout,
+        unused=("roberta.pooler.dense",),
+    ),
 )
 DISTILBERT = Shape(
     names={"dense": "pre_classifier", "scores": "classifier"},
@@ -263,11 +299,16 @@ DISTILBERT = Shape(
     dropout=lambda config: 0.2,
     dropout_field="seq_classif_dropout",
     stored_dropout=lambda given: float(given.get("seq_classif_dropout", 0.2)),
+    tokens=Shape(
+        names={"scores": "classifier"},
+        poolings=("none",),
+        dropout=lambda config: float(config.dropout),
+        stored_dropout=lambda given: float(given.get("dropout", 0.1)),
+    ),
 )
-MODERNBERT = Shape(
+_MODERNBERT = Shape(
     names={"dense": "head.dense", "norm": "head.norm", "scores": "classifier"},
-    poolings=("cls", "mean"),
-    pooling_field="classifier_pooling",
+    poolings=("none",),
     activation=F.gelu,
     dense_bias=False,
     norm=True,
@@ -275,4 +316,5 @@ MODERNBERT = Shape(
     stored_dropout=lambda given: float(given.get("classifier_dropout", 0.0)),
     carried={"head.dense": "classifier.dense", "head.norm": "classifier.norm"},
 )
+MODERNBERT = replace(_MODERNBERT, poolings=("cls", "mean"), pooling_field="classifier_pooling", tokens=_MODERNBERT)
 DECODER = Shape(names={"scores": "score"}, poolings=("last",), scores_bias=False)

@@ -29,7 +29,7 @@ from isoform.contracts import (
 from isoform.errors import ConfigError, DataError
 from isoform.models import heads
 from isoform.models.heads import Classifier, Pooling, Task
-from isoform.objectives.fields import BEGIN, END, edge_ids, needed, place, required_text, tokens_of
+from isoform.objectives.fields import BEGIN, END, cut_to_fit, edge_ids, needed, place, required_text, tokens_of
 from isoform.registry import Options, nearest, register
 
 # Where the labels of an example, or the bits of its number, are kept among its fields.
@@ -187,7 +187,7 @@ class Classify:
 
     def view(self, encoded: Encoded) -> Sample:
         """What the model reads of a text or a pair, without its label."""
-        parts = _cut([encoded.fields[field] for field in self.inputs], self._room)
+        parts = cut_to_fit([encoded.fields[field] for field in self.inputs], self._room)
         pieces = [tokens_of(part, self.end) for part in parts]
         pieces[0] = tokens_of(self.begin, pieces[0])
         which = np.concatenate([np.full(len(piece), at, dtype=np.int32) for at, piece in enumerate(pieces)])
@@ -232,9 +232,13 @@ class Classify:
         """The weighted sum of the sequences' losses."""
         assert batch.labels is not None, "a batch of this objective has labels"
         losses = self._losses(self.scores(model, batch, output), batch.labels)
-        if batch.weights is not None:
-            losses = losses * batch.weights[: len(losses)]
-        return {"loss": LossPart(losses.sum())}
+        weights = self.row_weights(batch)
+        return {"loss": LossPart((losses if weights is None else losses * weights).sum())}
+
+    def row_weights(self, batch: Batch) -> Tensor | None:
+        """The weights of the sequences that have a label `(b,)`, None where all are 1."""
+        assert batch.labels is not None, "a batch of this objective has labels"
+        return None if batch.weights is None else batch.weights[: len(batch.labels)]
 
     def scores(self, model: Any, batch: Batch, output: Output) -> Tensor:
         """Scores of the labels of the sequences that have one, in at least fp32: `(b, c)`; filler stands at the end."""
@@ -322,6 +326,11 @@ class Classify:
 
 def _check_known(config: Classify.Config, known: Classifier) -> None:
     """Raises: ConfigError where the options contradict the classifier that the model has."""
+    if known.pooling == "none":
+        raise ConfigError(
+            "objective.kind: the model's classifier decides on words, classify on whole texts; "
+            "set `objective.new_head: true` for a new classifier"
+        )
     wanted = {"task": config.task, "pooling": config.pooling, "labels": config.labels and set(config.labels)}
     has = {"task": known.task, "pooling": known.pooling, "labels": set(known.labels)}
     for field, value in wanted.items():
@@ -368,18 +377,6 @@ def _number(document: Document) -> float:
     if not np.isfinite(value):
         raise DataError(f"{place(document)}: the label {text!r} is no number; a regression needs one (objective.task)")
     return value
-
-
-def _cut(parts: Sequence[IntArray], room: int) -> list[IntArray]:
-    """The beginnings of one or two texts that fit together, the longer one shortened first."""
-    if len(parts) == 1:
-        return [parts[0][:room]]
-    first, second = parts
-    if len(first) + len(second) <= room:
-        return [first, second]
-    shorter = min(len(first), len(second), room // 2)
-    longer = room - shorter
-    return [first[:longer], second[:shorter]] if len(first) >= len(second) else [first[:shorter], second[:longer]]
 
 
 def _gaps(confidence: Tensor, correct: Tensor) -> dict[str, Tensor]:

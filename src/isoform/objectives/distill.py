@@ -16,6 +16,7 @@ from isoform.layers import ragged
 from isoform.models.heads import Task
 from isoform.objectives.classify import Classify
 from isoform.objectives.crossentropy import TokenObjective, asked_places, logit_chunks, rounded_up
+from isoform.objectives.tag import Tag
 from isoform.objectives.teachers import Lesson, Teacher, num_real, states_of
 from isoform.registry import Options, component, register
 
@@ -113,10 +114,10 @@ class Distill:
         return self.of.config.task if isinstance(self.of, Classify) else "single-label"
 
     def _of_labels(self, model: Model, batch: Batch, output: Output, lesson: Lesson) -> tuple[Tensor, Tensor]:
-        """(loss of the labels, divergence from the teacher's), sums over the texts."""
+        """(loss of the labels, divergence from the teacher's), sums over texts or words."""
         scores = self.of.scores(model, batch, output)
         apart = divergence(scores, lesson.answers, self.config.temperature, self._task)
-        weights = None if batch.weights is None else batch.weights[: len(apart)]
+        weights = self.of.row_weights(batch)
         answered: Tensor = self.of.loss(model, batch, output)["loss"].total
         return answered, (apart if weights is None else apart * weights).sum()
 
@@ -155,7 +156,7 @@ class Distill:
 def _inner(config: Distill.Config) -> tuple[Any, Any]:
     """The class of the objective to learn, and its options. Raises: ConfigError."""
     cls, options = component("objective", config.of, "objective.of")
-    if not issubclass(cls, TokenObjective | Classify):
+    if not issubclass(cls, TokenObjective | Classify | Tag):
         raise ConfigError(
             f"objective.of.kind: {config.of['kind']!r} cannot be learnt from a teacher; an objective whose targets are "
             "labels or tokens is expected, such as classify, causal or masked"

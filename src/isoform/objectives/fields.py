@@ -70,3 +70,15 @@ def tokens_of(*pieces: IntArray | Sequence[int] | int) -> IntArray:
     return np.concatenate(
         [piece if isinstance(piece, np.ndarray) else np.array(piece, dtype=np.int32, ndmin=1) for piece in pieces]
     )
+
+
+def cut_to_fit(parts: Sequence[IntArray], room: int) -> list[IntArray]:
+    """The beginnings of one or two texts that fit together, the longer one shortened first."""
+    if len(parts) == 1:
+        return [parts[0][:room]]
+    first, second = parts
+    if len(first) + len(second) <= room:
+        return [first, second]
+    shorter = min(len(first), len(second), room // 2)
+    longer = room - shorter
+    return [first[:longer], second[:shorter]] if len(first) >= len(second) else [first[:shorter], second[:longer]]

@@ -107,6 +107,11 @@ class Teacher:
         """Where the teacher has each of the student's labels."""
         task = getattr(self.objective.config, "task", theirs.task)
         labels: tuple[str, ...] = self.objective.labels
+        if (theirs.pooling == "none") != (self.settings.of["kind"] == "tag"):
+            raise self._refused(
+                "is a classifier of " + ("words" if theirs.pooling == "none" else "whole texts"),
+                f"a model trained with the objective {self.settings.of['kind']} is expected",
+            )
         if theirs.task != task:
             raise self._refused(f"is a classifier of kind {theirs.task}", f"{task} is expected (objective.of.task)")
         if set(theirs.labels) != set(labels):
