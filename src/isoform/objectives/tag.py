@@ -285,10 +285,10 @@ class Tag:
         tags = [self.labels[tag] if tag >= 0 else OUTSIDE for tag in said]
         return {"input": " ".join(words), "gold": " ".join(gold), "prediction": " ".join(tags)}
 
-    def decided(self, model: Model, batch: Batch, output: Output) -> list[list[str]]:
-        """The tags of the words of each sentence that were read."""
+    def decided(self, model: Model, batch: Batch, output: Output) -> list[dict[str, Any]]:
+        """{tags} of each sentence: those of the words that were read."""
         said = self.scores(model, batch, output).argmax(dim=1).cpu()
-        return [[self.labels[tag] for tag in tags.tolist()] for tags in torch.split(said, _num_words(batch))]
+        return [{"tags": [self.labels[tag] for tag in tags.tolist()]} for tags in torch.split(said, _num_words(batch))]
 
 
 def words_of(document: Document) -> list[str]:

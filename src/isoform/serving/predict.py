@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from isoform.data.sources import open_source
 from isoform.errors import ConfigError
 from isoform.evaluation.evaluate import token_batches
 from isoform.evaluation.generate import generate
+from isoform.objectives.tag import words_of
 from isoform.serving.use import Opened, count_unknown, given_document, prompt_of
 from isoform.storage import json_line, staged_file
 
@@ -67,13 +68,42 @@ class Answer:
         return {"input": given, "answer": self.answer}
 
 
-def predict(opened: Opened, inputs: Iterable[Input | Document]) -> Iterator[Answer | Decision]:
+@dataclass(frozen=True)
+class Tagged:
+    """The tag of each word of a sentence, None of those that were cut off; `num_unknown` as in `Answer`."""
+
+    words: Sequence[str]
+    tags: Sequence[str | None]
+    num_unknown: int
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"tokens": list(self.words), "tags": list(self.tags)}
+
+    @property
+    def input(self) -> str:
+        return " ".join(self.words)
+
+    @property
+    def answer(self) -> str:
+        """`word/TAG word/TAG`."""
+        return " ".join(f"{word}/{tag or '-'}" for word, tag in zip(self.words, self.tags, strict=True))
+
+    @property
+    def lines(self) -> str:
+        """A word and its tag a line, and a blank line, as in CoNLL files."""
+        return "".join(f"{word}\t{tag or '-'}\n" for word, tag in zip(self.words, self.tags, strict=True)) + "\n"
+
+
+Prediction = Answer | Decision | Tagged
+
+
+def predict(opened: Opened, inputs: Iterable[Input | Document]) -> Iterator[Prediction]:
     """One answer or decision an input, in order, streamed in chunks.
 
     Raises: ConfigError; DataError that names an input's place: file and row, or `input` and its number.
     """
     decides = "classify" in opened.objective.needs
-    answers: Callable[[Opened, list[Document]], Iterator[Answer | Decision]] = _decisions if decides else _answers
+    answers: Callable[[Opened, list[Document]], Iterator[Prediction]] = _decisions if decides else _answers
     chunk: list[Document] = []
     for number, given in enumerate(inputs, start=1):
         chunk.append(given if isinstance(given, Document) else given_document(opened, given, "input", number))
@@ -84,7 +114,7 @@ def predict(opened: Opened, inputs: Iterable[Input | Document]) -> Iterator[Answ
         yield from answers(opened, chunk)
 
 
-def _decisions(opened: Opened, documents: list[Document]) -> Iterator[Decision]:
+def _decisions(opened: Opened, documents: list[Document]) -> Iterator[Decision | Tagged]:
     objective: Any = opened.objective
     samples = [objective.view(objective.encode(document)) for document in documents]
     found: dict[int, dict[str, Any]] = {}
@@ -94,7 +124,12 @@ def _decisions(opened: Opened, documents: list[Document]) -> Iterator[Decision]:
             rows = objective.decided(opened.model, batch, opened.model(batch))
         found |= {index: row for (index, _), row in zip(group, rows, strict=True)}
     for index, (document, sample) in enumerate(zip(documents, samples, strict=True)):
-        yield Decision(_given(opened, document), num_unknown=count_unknown(opened, sample.tokens), **found[index])
+        unknown = count_unknown(opened, sample.tokens)
+        if "tags" in found[index]:
+            words, tags = words_of(document), found[index]["tags"]
+            yield Tagged(words, [*tags, *[None] * (len(words) - len(tags))], unknown)
+        else:
+            yield Decision(_given(opened, document), num_unknown=unknown, **found[index])
 
 
 def _answers(opened: Opened, documents: list[Document]) -> Iterator[Answer]:
@@ -118,7 +153,7 @@ def _given(opened: Opened, document: Document) -> Input:
     return document.fields[first] if list(document.fields) == [first] else dict(document.fields)
 
 
-def with_rate(answers: Iterable[Answer | Decision], console: Console) -> Iterator[Answer | Decision]:
+def with_rate(answers: Iterable[Prediction], console: Console) -> Iterator[Prediction]:
     """The same answers; on a terminal it is shown how many there are and how fast they come."""
     if not console.is_terminal:
         yield from answers
@@ -154,13 +189,14 @@ def read_inputs(opened: Opened, path: Path | None) -> Iterator[Document]:
         yield dataclasses.replace(document, fields={field: document.fields[field] for field in fields})
 
 
-def write_answers(answers: Iterable[Answer | Decision], path: Path) -> tuple[int, int]:
+def write_answers(answers: Iterable[Prediction], path: Path) -> tuple[int, int]:
     """Writes .csv or .jsonl, streaming; returns (answers, unknown input tokens).
 
-    Columns: input, answer; of a classifier each input, label, and `probability NAME` for each label.
+    Columns: input, answer; of a classifier each input, label, and `probability NAME` for each label; of words tokens
+    and tags, which may also be written as .conll.
     """
-    if path.suffix not in {".csv", ".jsonl", ".txt"}:
-        raise ConfigError(f"--out {path}: a name that ends in .csv, .jsonl or .txt is expected")
+    if path.suffix not in {".csv", ".jsonl", ".txt", ".conll"}:
+        raise ConfigError(f"--out {path}: a name that ends in .csv, .jsonl, .txt or .conll is expected")
     count = unknown = 0
     with staged_file(path) as file:
         table = csv.writer(file) if path.suffix == ".csv" else None
@@ -170,6 +206,10 @@ def write_answers(answers: Iterable[Answer | Decision], path: Path) -> tuple[int
             count, unknown = count + 1, unknown + answer.num_unknown
             if table is not None:
                 table.writerow(_cells(answer).values())
+            elif path.suffix == ".conll":
+                if not isinstance(answer, Tagged):
+                    raise ConfigError(f"--out {path}: words with tags alone are written so; .csv or .jsonl is expected")
+                file.write(answer.lines)
             elif path.suffix == ".txt":
                 file.write(answer.answer + "\n")
             else:
@@ -179,8 +219,10 @@ def write_answers(answers: Iterable[Answer | Decision], path: Path) -> tuple[int
     return count, unknown
 
 
-def _cells(answer: Answer | Decision) -> dict[str, Any]:
+def _cells(answer: Prediction) -> dict[str, Any]:
     """Column -> value of one row of a csv."""
+    if isinstance(answer, Tagged):
+        return {"tokens": answer.input, "tags": " ".join(tag or "-" for tag in answer.tags)}
     inputs = {"input": answer.input} if isinstance(answer.input, str) else dict(answer.input)
     if isinstance(answer, Answer):
         return {**inputs, "answer": answer.answer}

@@ -65,6 +65,8 @@ def open_model(path: str | Path, *, precision: str | None = None, max_tokens: in
         classifier = getattr(loaded.config, "classifier", None)
         if classifier is not None:
             objective_section = {"kind": "classify", "task": classifier.task, "labels": list(classifier.labels)}
+            if classifier.pooling == "none":
+                objective_section = {"kind": "tag", "labels": list(classifier.labels)}
         values = {"text": {"max_tokens": int(limit)}, "model": {"from": str(path)}, "objective": objective_section}
         config = run_config(values)
     if "fits" in loaded.model.capabilities:  # it reads texts whole
