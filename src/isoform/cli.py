@@ -96,6 +96,7 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Metrics with intervals on a source, or on one of the run's own splits."""
+    _forget_shapes()
     import isoform
     from isoform.studies.listings import print_rows
 
@@ -114,6 +115,7 @@ def predict(
     as_json: Json = False,
 ) -> None:
     """Answers or labels for new inputs, in order."""
+    _forget_shapes()
     import time
 
     from isoform.serving.predict import predict as answer
@@ -134,6 +136,12 @@ def predict(
         _say_unknown(sum(item.num_unknown for item in found))
     else:
         _say_unknown(print_answers(answers, _console()))
+
+
+def _forget_shapes() -> None:
+    """Before torch is loaded: no two batches of a long file are of one size, and kernels kept for each size add up."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
 
 
 def _unknown(count: int) -> str:
