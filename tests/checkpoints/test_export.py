@@ -27,6 +27,7 @@ from isoform.models.llama import Llama
 from isoform.models.lora import Lora, adapter_state
 from isoform.models.modernbert import ModernBert
 from isoform.models.t5 import T5
+from isoform.models.xlnet import XLNet
 from isoform.text.bytelevel import SPLITS, byte_level
 from isoform.text.kinds import Bpe, Char
 
@@ -111,9 +112,11 @@ def test_a_hugging_face_folder_takes_labels_and_generation_along(save: Save, tmp
         T5.tiny(num_layers=1),
         Bert.tiny(num_layers=1, head="none"),
         Roberta.tiny(num_layers=1),
+        XLNet.tiny(num_layers=1),
+        heads.attach(XLNet.tiny(), heads.Classifier(labels=("cold", "warm"), pooling="last"), seed=0),
         heads.attach(GPT2.tiny(), heads.Classifier(labels=("cold", "warm"), pooling="last"), seed=0),
     ],
-    ids=["t5", "bert", "roberta", "classifier"],
+    ids=["t5", "bert", "roberta", "xlnet", "xlnet classifier", "classifier"],
 )
 def test_folders_of_other_families(model: Any, save: Save, tmp_path: Path, here: None) -> None:
     tokenizer = Char.train(Char.Config(), ["some characters"])
@@ -510,6 +513,11 @@ def test_what_is_not_installed_is_named(save: Save, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(CheckpointError, match=r"onnxruntime not installed; pip install 'isoform\[export\]'"):
         isoform.export(tmp_path, "onnx", out=tmp_path / "out")
+
+
+def test_a_model_without_a_dense_form_has_no_graph(save: Save, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no ONNX form: xlnet has no dense form; --to hf has one"):
+        isoform.export(save(XLNet.tiny(vocab_size=ROWS)), "onnx", out=tmp_path / "out")
 
 
 def test_a_folder_of_something_else_is_not_replaced(save: Save, tmp_path: Path, here: None) -> None:

@@ -163,6 +163,10 @@ def _write_whole(staged: Path, loaded: LoadedModel, to: str) -> Written:
         _companions(staged, loaded, weights=True)
         padding = _last_token(loaded)
         return Written(padding, ("transformers needs a pad_token_id for more than one text at once",) * len(padding))
+    if "two-stream" in loaded.model.capabilities:
+        raise CheckpointError(
+            f"{loaded.info['path']}: no ONNX form: {loaded.family} has no dense form; --to hf has one"
+        )
     _companions(staged, loaded, weights=False)
     onnx.write_onnx(staged, loaded.model)
     names = ", ".join(onnx.input_names(loaded.model))
@@ -215,7 +219,7 @@ def _verify(staged: Path, loaded: LoadedModel, to: str, written: Written) -> dic
     request = {"format": to, "place": str(staged), "settings": written.settings, "calls": calls, "output": output}
     arrays, reply = _ask({**request, "texts": texts}, to)
     pairs = [
-        (_ours(loaded.model, part, output), _real(array, part))
+        (_ours(loaded.model, part, output), _real(array, part, left=_pads_left(loaded)))
         for part, array in zip((rows, rows[:1]), arrays, strict=True)
     ]
     ours, theirs = (torch.cat(side) for side in zip(*pairs, strict=True))
@@ -279,9 +283,15 @@ def _padding(loaded: LoadedModel) -> int:
     return given if type(given) is int else 0
 
 
-def _real(array: Tensor, rows: Sequence[Sequence[int]]) -> Tensor:
+def _pads_left(loaded: LoadedModel) -> bool:
+    return loaded.info["hf_config"].get("model_type") in parity.PAD_LEFT
+
+
+def _real(array: Tensor, rows: Sequence[Sequence[int]], *, left: bool) -> Tensor:
     """What stands at real tokens, `(b, t, ..)` -> `(n, ..)`; scores of whole texts `(b, c)` as they are."""
-    return array if array.ndim == 2 else torch.cat([array[row, : len(ids)] for row, ids in enumerate(rows)])
+    if array.ndim == 2:
+        return array
+    return torch.cat([array[row, -len(ids) :] if left else array[row, : len(ids)] for row, ids in enumerate(rows)])
 
 
 def _call(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, list[list[int]]]:
@@ -289,6 +299,10 @@ def _call(loaded: LoadedModel, rows: Sequence[Sequence[int]]) -> dict[str, list[
     longest = max(len(row) for row in rows)
     ids = [[*row, *[_padding(loaded)] * (longest - len(row))] for row in rows]
     mask = [[1] * len(row) + [0] * (longest - len(row)) for row in rows]
+    if _pads_left(loaded):
+        ids, mask = (
+            [line[len(row) :] + line[: len(row)] for row, line in zip(rows, each, strict=True)] for each in (ids, mask)
+        )
     kinds = {"input_ids": ids, "attention_mask": mask, "token_type_ids": [[0] * longest for _ in rows]}
     return {name: kinds[name.removeprefix("decoder_")] for name in onnx.input_names(loaded.model)}
 

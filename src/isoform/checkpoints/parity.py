@@ -29,6 +29,8 @@ LENGTHS = (7, 1, 12)
 # Largest error between two correct float32 programs of usual depth.
 TOLERANCE = 1e-4
 MAX_PARAMETERS = 500_000_000
+# Model types of transformers whose texts end where the rectangle ends.
+PAD_LEFT = ("xlnet",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def compare(loaded: LoadedModel, folder: Path) -> Parity:
         theirs = _adapted(theirs, folder)
     model = loaded.model.to(torch.float32).eval()
     batch = probe_batch(model, int(theirs.config.pad_token_id or 0))
-    ids, mask = _padded(batch)
+    ids, mask = _padded(batch, left=theirs.config.model_type in PAD_LEFT)
     if theirs.config.pad_token_id is None:  # a classifier on the last token looks for it
         theirs.config.pad_token_id = 0
     ids = torch.where(mask.bool(), ids, theirs.config.pad_token_id)
@@ -158,8 +160,11 @@ def _batch(lengths: list[int], vocab_size: int, padding: int) -> Batch:
     )
 
 
-def _padded(batch: Batch) -> tuple[Tensor, Tensor]:
-    """Ids and mask `(b, t)`, padded on the right."""
+def _padded(batch: Batch, *, left: bool) -> tuple[Tensor, Tensor]:
+    """Ids and mask `(b, t)`, padded on the right or on the left."""
     lengths = list(batch.sequences.lengths)
-    ids = torch.nn.utils.rnn.pad_sequence(list(torch.split(batch.tokens, lengths)), batch_first=True)
-    return ids, (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+    side = "left" if left else "right"
+    rows = list(torch.split(batch.tokens, lengths))
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
+    place = torch.arange(max(lengths))
+    return ids, ((place.flip(0) if left else place) < torch.tensor(lengths)[:, None]).long()

@@ -10,6 +10,7 @@ from isoform.layers.block import SelfAttention
 from isoform.layers.cross import CrossAttention
 from isoform.layers.lora import LowRankLinear
 from isoform.layers.moe import ExpertLinear, MixtureOfExperts
+from isoform.layers.two_stream import TwoStreamAttention
 
 
 def accounts(model: nn.Module, context_tokens: int) -> dict[str, int]:
@@ -43,7 +44,8 @@ def flops_per_token(model: Any, context_tokens: int) -> tuple[int, int]:
     backward = 2 x forward: one product for the gradient of the input, one for that of the matrix, which a frozen matrix
     does without.
     Counted: matrix products, a multiplication and an addition as two. Not counted: norms, activations, softmax, biases,
-    look-ups, the loss, the optimiser, anything recomputed; nor padding inside blocks of attention.
+    look-ups, the loss, the optimiser, anything recomputed; nor padding inside blocks of attention, nor XLNet's second
+    stream and its scores by distance.
     Source: Kaplan et al. 2020, section 2.1, with the attention term and the head kept. Differs: causal attention counts
     what is seen, not the whole square.
     """
@@ -63,7 +65,7 @@ def flops_per_token(model: Any, context_tokens: int) -> tuple[int, int]:
     attention = sum(
         4 * layer.num_heads * layer.head_width * mean_visible(context_tokens, layer.window, causal=layer.causal)
         for layer in model.modules()
-        if isinstance(layer, SelfAttention)
+        if isinstance(layer, SelfAttention | TwoStreamAttention)
     )
     attention += sum(
         4 * layer.num_heads * layer.head_width * context_tokens
