@@ -152,7 +152,7 @@ def _cache() -> Path:
 
 
 def predict(model: str | Path, inputs: str | Iterable[str]) -> list[dict[str, Any]]:
-    """One object an input, in order: {input, answer}; of classifiers {input, label, probabilities} or {tokens, tags}."""
+    """One object an input, in order: {input, answer}; of classifiers {input, label, probabilities}, {tokens, tags}."""
     from isoform.serving.predict import predict as answer
     from isoform.serving.use import open_model, tell_unknown
 
