@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import random
 import sys
 from pathlib import Path
@@ -19,11 +20,12 @@ from sklearn.pipeline import make_pipeline
 import isoform
 from isoform.config import RunConfig, run_config
 from isoform.errors import CheckpointError, ConfigError, DataError
-from isoform.reading import merge
+from isoform.reading import apply_settings, merge, read_config
 from isoform.serving.predict import predict
 from isoform.serving.use import open_model
 from isoform.storage import read_json, read_jsonl, write_text
 from isoform.text.ngrams import NGrams, load_ngrams, terms_of
+from isoform.training import classical
 from isoform.training.plan import plan_config
 from isoform.training.prepare import prepare
 from isoform.training.run import score_as_is, train
@@ -154,6 +156,7 @@ def test_texts_are_read_whole_however_short_the_context_is(root: Path) -> None:
     assert {row["metric"]: row["value"] for row in again.rows} == first
     plan = plan_config(bag(root))
     assert plan["steps"] == 0 and plan["seconds_total"] > 0 and plan["model"]["total"] > 0
+    assert isoform.plan(bag(root).model_dump())["stages"][0]["model"] == plan["model"]
 
 
 def test_pairs_are_one_bag(tmp_path: Path) -> None:
@@ -162,6 +165,11 @@ def test_pairs_are_one_bag(tmp_path: Path) -> None:
         write_csv(tmp_path / name, table, ("text", "verdict", "label"))
     run = train(bag(tmp_path, objective={"second": "verdict"}), tmp_path / "run", quiet=True)
     assert next(row["value"] for row in run.rows if row["metric"] == "accuracy") > 0.9
+
+
+def test_the_recipe_has_the_grid_of_72_settings(root: Path) -> None:
+    config = run_config(apply_settings(read_config("naive-bayes"), [f"data.path={root / 'train.csv'}"]))
+    assert math.prod(map(len, classical.grid(prepare(config)).values())) == 72
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from isoform.models.accounting import accounts
 from isoform.registry import component, lookup
 from isoform.text.tokenizers import load_tokenizer
 from isoform.training.plan import CHECKPOINT_BYTES, MODEL_BYTES
-from isoform.training.prepare import DEFAULT_BATCH_SEQUENCES, Vocabulary, fresh_model
+from isoform.training.prepare import DEFAULT_BATCH_SEQUENCES, Vocabulary, fits, fresh_model
 
 # Of a parameter while it is trained: its value, its gradient and two moments, in float32.
 TRAINING_BYTES = 16
@@ -39,7 +39,7 @@ class Numbers:
 
 def why_on_paper(config: RunConfig) -> str | None:
     """Why a run from scratch cannot be tried on this machine, or None."""
-    if "from" in config.model or _vocabulary(config) is None:
+    if "from" in config.model or fits(config) or _vocabulary(config) is None:
         return None
     missing = _missing_text(config) if config.train.max_steps is not None else None
     needed, there = TRAINING_BYTES * _sizes(config)["total"], machine.memory_bytes()
