@@ -297,6 +297,12 @@ def test_recipes_have_the_published_sizes(recipe: str) -> None:
     assert f"({millions:,.1f} M parameters)" in config.about
 
 
+@pytest.mark.parametrize("field", ["position", "norm", "window"])
+def test_parts_that_are_its_own_are_not_swapped(field: str) -> None:
+    with pytest.raises(ConfigError, match=rf"model.{field}: T5's stacks share one table of learned scores"):
+        T5.tiny(**{field: {"kind": "rope"}})
+
+
 def test_sizes_that_do_not_fit_together_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"a divisor of model.width 32 is expected where model.head_width is not given"

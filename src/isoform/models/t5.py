@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isoform.config import Component, Positive
@@ -68,6 +68,18 @@ class T5(nn.Module):
         # whether the head is the embedding
         scale_logits: bool | None = None
         # whether logits are divided by sqrt(width); null: where the head is the embedding
+
+        @model_validator(mode="before")
+        @classmethod
+        def _fixed(cls, values: dict[str, Any]) -> dict[str, Any]:
+            """Raises: ConfigError naming a part that other families swap and this one does not, and why."""
+            for field in ("position", "norm", "window"):
+                if field in values:
+                    raise ConfigError(
+                        f"model.{field}: T5's stacks share one table of learned scores, RMSNorm and no window; families "
+                        "gpt2, llama and bert swap them"
+                    )
+            return values
 
         @property
         def scaled(self) -> bool:
