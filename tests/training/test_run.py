@@ -17,13 +17,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isoform
+from isoform.config import run_config
 from isoform.errors import ConfigError, DataError, LockedError, NonFiniteError, Stopped
 from isoform.storage import locked, read_json, read_jsonl
 from isoform.training import run as run_module
 from isoform.training.guards import Interrupts
 from isoform.training.loop import Loop
 from isoform.training.prepare import prepare
-from isoform.training.run import train
+from isoform.training.run import score_as_is, train
 
 
 def weights(folder):
@@ -314,18 +315,37 @@ def test_two_processes_see_the_same_samples_and_losses(make, tmp_path):
 
 def test_trackers_are_written_offline(make, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    result = train(
-        make(
-            {
-                "track": ["tensorboard", "wandb"],
-                "train": {"max_steps": 3, "evaluate_every_steps": None, "select": {"metric": "last"}},
-            }
-        ),
-        tmp_path / "run",
-        quiet=True,
-    )
-    assert list((result.folder / "tensorboard").glob("events.*"))
-    assert list((result.folder / "wandb").glob("offline-run-*"))
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    pytest.importorskip("wandb")
+    config = make({"track": ["tensorboard", "wandb"], "train": {"max_steps": 3, "evaluate_every_steps": 2}})
+    result = train(config, tmp_path / "run", quiet=True)
+    events = accumulator.EventAccumulator(str(result.folder / "tensorboard"))
+    events.Reload()
+    steps = read_jsonl(result.folder / "metrics.jsonl")
+    told = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    assert told == [(row["step"], pytest.approx(row["loss"], rel=1e-6)) for row in steps] and len(told) == 3
+    assert [event.step for event in events.Scalars("dev/loss")] == [2, 3]
+    (kept,) = [row["value"] for row in result.rows if row["metric"] == "loss"]
+    assert events.Scalars("final/dev/loss")[0].value == pytest.approx(kept, rel=1e-6)
+    config_text = events.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "learning_rate: 0.003" in config_text
+    (offline,) = (result.folder / "wandb").glob("offline-run-*/*.wandb")
+    written = offline.read_bytes()
+    for word in ("train/loss", "dev/loss", "final/dev/loss", "learning_rate"):
+        assert word.encode() in written, word
+
+
+def test_a_run_without_steps_tells_trackers_its_scores(make, tmp_path, monkeypatch):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = train(make({"train": {"max_steps": 2}}), tmp_path / "run", quiet=True).folder
+    config = make({"track": ["tensorboard"]})
+    as_is = run_config({**config.model_dump(), "model": {"from": str(folder)}})
+    rows = score_as_is(as_is, tmp_path / "as-is").rows
+    events = accumulator.EventAccumulator(str(tmp_path / "as-is" / "tensorboard"))
+    events.Reload()
+    for row in (row for row in rows if row["value"] is not None):
+        name = f"final/{row['split']}/{row['metric']}"
+        assert events.Scalars(name)[0].value == pytest.approx(row["value"], rel=1e-6)
 
 
 def test_an_unknown_tracker_is_refused_before_anything_is_written(make, tmp_path):

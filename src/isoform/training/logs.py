@@ -6,13 +6,18 @@ import os
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+import yaml
+
 from isoform.errors import ConfigError
 from isoform.registry import lookup, register
 from isoform.storage import disk_errors, finite, iterate_jsonl, json_line, write_text
 
 
 class Tracker(Protocol):
-    """Where else numbers go. A tracker that fails is reported and dropped; it never stops a run."""
+    """Where else numbers go: the resolved config, every logged step (`train/loss`), every evaluation (`dev/accuracy`)
+    and the scores of the checkpoint that was kept (`final/test/accuracy`). One that fails is dropped, and told of; it
+    never stops a run.
+    """
 
     def __init__(self, folder: Path, name: str, config: dict[str, Any]) -> None: ...
 
@@ -23,7 +28,7 @@ class Tracker(Protocol):
 
 @register("tracker", "tensorboard")
 class TensorBoard:
-    """Scalars for TensorBoard under `tensorboard/` in the run folder."""
+    """Scalars for TensorBoard under `tensorboard/` in the run folder, and the config as text."""
 
     def __init__(self, folder: Path, name: str, config: dict[str, Any]) -> None:
         try:
@@ -31,6 +36,9 @@ class TensorBoard:
         except ImportError:
             raise ConfigError("track: tensorboard is not installed; `pip install 'isoform[track]'`") from None
         self.writer = SummaryWriter(str(folder / "tensorboard"))
+        # Four spaces: shown as it is.
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        self.writer.add_text("config", "".join(f"    {line}\n" for line in text.splitlines()))
 
     def log(self, step: int, values: dict[str, float]) -> None:
         for key, value in values.items():
@@ -65,6 +73,18 @@ def open_trackers(names: list[str], folder: Path, name: str, config: dict[str, A
     return [lookup("tracker", kind, "track")(folder, name, config) for kind in names]
 
 
+def track_scores(names: list[str], folder: Path, name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> None:
+    """What trackers are told of a run without steps. Raises: ConfigError for an unknown or missing tracker."""
+    for tracker in open_trackers(names, folder, name, config):
+        tracker.log(0, final_values(rows))
+        tracker.close()
+
+
+def final_values(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The numbers of eval.json by the names that trackers know them by."""
+    return {f"final/{row['split']}/{row['metric']}": row["value"] for row in rows if row["value"] is not None}
+
+
 class RunLog:
     """Appends to the run's JSONL files and passes numbers on to the trackers."""
 
@@ -89,6 +109,10 @@ class RunLog:
     def evaluation(self, step: int, tokens: int, seconds: float, rows: list[dict[str, Any]]) -> None:
         self.event("evaluation", step=step, tokens=tokens, seconds=seconds, rows=rows)
         self._track(step, {f"{row['split']}/{row['metric']}": row["value"] for row in rows})
+
+    def scored(self, step: int, rows: list[dict[str, Any]]) -> None:
+        """The rows of eval.json, for trackers."""
+        self._track(step, final_values(rows))
 
     def flush(self) -> None:
         with disk_errors(self.folder):

@@ -37,7 +37,7 @@ from isoform.storage import (
     write_text,
 )
 from isoform.training import classical
-from isoform.training.logs import RunLog, forget_after, open_trackers
+from isoform.training.logs import RunLog, forget_after, open_trackers, track_scores
 from isoform.training.loop import BEST_LOSS, BEST_METRIC, Loop, planned_rates
 from isoform.training.plan import warnings
 from isoform.training.prepare import Prepared, cache_folder, fits, prepare
@@ -165,6 +165,7 @@ def _train(
             seconds={"training": outcome.seconds},
         )
         rows = _finish(run, folder, outcome.state.scalars, manifest)
+        log.scored(outcome.state.step, rows)
         before = float(found.state.scalars.get("seconds", 0.0)) if found else 0.0
         manifest["seconds"]["total"] = before + time.monotonic() - began
         manifest.update(
@@ -226,6 +227,7 @@ def _score_once(
     write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
     save_model(folder / "final", run.model, run.tokenizer)
     rows = score_all(run, run.model, splits, folder, manifest)
+    track_scores(run.config.track, folder, run.config.name, run.resolved, rows)
     write_json(folder / "eval.json", rows)
     write_json(folder / "selections.json", {"final": "last", "selections": {"last": {"step": 0, "rows": rows}}})
     manifest.update(steps=0, seconds={**seconds, "total": time.monotonic() - began}, complete=True)
