@@ -22,6 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,16 +31,18 @@ import transformers
 
 from isoform import machine
 from isoform.checkpoints.folders import save_model
-from isoform.contracts import IGNORE, Batch, Sample
+from isoform.contracts import IGNORE, Batch, Encoded, Sample
 from isoform.data.batches import collate
 from isoform.objectives.crossentropy import TokenObjective
+from isoform.objectives.permutation import Permutation
 from isoform.objectives.routing import with_routing
 from isoform.registry import build_options, lookup
 from isoform.storage import write_text
 from isoform.training.feed import FRIENDLY_TOKENS
 from isoform.training.step import LossModule, accumulate, autocast
 
-# What a family is asked: the next token, 15 % of the tokens, or a target of half the source's length.
+# What a family is asked: the next token, 15 % of the tokens, as many in a random order, or a target of half the
+# source's length.
 MASKED_FRACTION = 0.15
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("gpt2", {"dropout": 0.0}),
@@ -51,6 +54,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta": ("roberta", {"dropout": 0.0, "padding_id": 0}),
     "distilbert": ("distilbert", {"dropout": 0.0}),
     "modernbert": ("modernbert", {}),
+    "xlnet": ("xlnet", {"dropout": 0.0}),
     "t5": ("t5", {"dropout": 0.0}),
     "t5 v1.1": ("t5", {"dropout": 0.0, "feedforward": {"kind": "geglu-tanh"}, "tied": False}),
 }
@@ -117,12 +121,22 @@ def samples(family: str, lengths: str, options: argparse.Namespace, number: int)
             target = ids[: max(1, length // 2)]
             read = np.concatenate([[0], target[:-1]]).astype(np.int32)
             sample = Sample(str(len(made)), read, target, source=Sample(str(len(made)), ids[:length]))
+        elif asked == "xlnet":
+            sample = permuted(str(len(made)), ids[:length], draw)
         else:
             targets = np.where(draw.random(length) < MASKED_FRACTION, ids[:length], IGNORE).astype(np.int32)
             sample = Sample(str(len(made)), ids[:length], targets)
         made.append(sample)
         left -= sample.num_tokens
     return made
+
+
+def permuted(name: str, ids: Any, draw: np.random.Generator) -> Sample:
+    """Some tokens to be guessed in a random order."""
+    plain: Any = SimpleNamespace(special_ids={})
+    objective: Any = Permutation(Permutation.Config(fraction=MASKED_FRACTION), plain, len(ids))
+    sample: Sample = objective.prepare(Encoded(name, {"text": ids}, 0), draw)
+    return sample
 
 
 def padded(family: str, chosen: list[Sample]) -> dict[str, torch.Tensor]:
@@ -139,7 +153,22 @@ def padded(family: str, chosen: list[Sample]) -> dict[str, torch.Tensor]:
         labels = rectangle([sample.tokens for sample in chosen], IGNORE)
     else:
         labels = rectangle([sample.targets for sample in chosen], IGNORE)
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    inputs = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    return {**inputs, **order(chosen)} if FAMILIES[family][0] == "xlnet" else inputs
+
+
+def order(chosen: list[Sample]) -> dict[str, torch.Tensor]:
+    """Who is hidden from whom `(b, t, t)`, which places are guessed `(b, p, t)`, and their labels `(b, p)`."""
+    ranks = [torch.from_numpy(np.asarray(sample.ranks, dtype=np.int64)) for sample in chosen]
+    places = [(row > 0).nonzero().squeeze(1) for row in ranks]
+    most, rectangle = max(map(len, places)), torch.nn.utils.rnn.pad_sequence(ranks, batch_first=True)
+    hidden = rectangle[:, None, :] >= rectangle.clamp(min=1)[:, :, None]
+    mapping = torch.zeros(len(chosen), most, rectangle.shape[1])
+    labels = torch.full((len(chosen), most), IGNORE)
+    for row, (sample, some) in enumerate(zip(chosen, places, strict=True)):
+        mapping[row, torch.arange(len(some)), some] = 1.0
+        labels[row, : len(some)] = torch.from_numpy(np.asarray(sample.tokens, dtype=np.int64))[some]
+    return {"perm_mask": hidden.float(), "target_mapping": mapping, "labels": labels}
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring
@@ -151,7 +180,8 @@ Update = Callable[[int], tuple[float, float]]
 def our_update(model: Any, batches: list[Batch], precision: str) -> Update:
     """Number of the batch -> (seconds, loss) of one update, as the training loop makes it."""
     device = torch.device("cpu")
-    objective: Any = with_routing(TokenObjective(None, None, 0), model)  # type: ignore[arg-type]
+    asked: Any = Permutation if "two-stream" in model.capabilities else TokenObjective
+    objective: Any = with_routing(asked(Permutation.Config(), None, 64), model)
     module, optimizer = LossModule(model, objective), torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
 
     def update(number: int) -> tuple[float, float]:

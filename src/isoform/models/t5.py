@@ -76,8 +76,8 @@ class T5(nn.Module):
             for field in ("position", "norm", "window"):
                 if field in values:
                     raise ConfigError(
-                        f"model.{field}: T5's stacks share one table of learned scores, RMSNorm and no window; families "
-                        "gpt2, llama and bert swap them"
+                        f"model.{field}: T5's stacks share one table of learned scores, RMSNorm and no window; "
+                        "families gpt2, llama and bert swap them"
                     )
             return values
 
