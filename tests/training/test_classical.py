@@ -24,6 +24,8 @@ from isoform.reading import apply_settings, merge, read_config
 from isoform.serving.predict import predict
 from isoform.serving.use import open_model
 from isoform.storage import read_json, read_jsonl, write_text
+from isoform.studies.curves import stage_curves
+from isoform.studies.records import Records
 from isoform.text.ngrams import NGrams, load_ngrams, terms_of
 from isoform.training import classical
 from isoform.training.plan import plan_config
@@ -260,6 +262,9 @@ def test_an_arm_of_a_study_is_audited_compared_and_told(root: Path) -> None:
         for arm in results["arms"]
     ]
     assert ids[0] == ids[1] == ids[2]
+    (curves,) = stage_curves(Records(root / "study"))
+    assert [name for _, name in curves.legend] == ["bert"]
+    assert (root / "study" / "report.html").read_text().count("examples of <bdi>dev</bdi>") == 3
     bayes = results["arms"][1]
     assert len(bayes["tuning"]) == 4 and np.isfinite(results["questions"][0]["difference"])
     same = {**study, "arms": {"one": study["arms"]["logistic"], "two": study["arms"]["logistic"]}, "questions": []}

@@ -75,7 +75,8 @@ def stage_curves(records: Records) -> list[StageCurves]:
     colours = arm_colours(results)
     found = []
     for stage in _stages_in_order(results):
-        trained = _read_stage(records, stage, colours)
+        # An arm that is fitted in one go leaves nothing to draw.
+        trained = [line for line in _read_stage(records, stage, colours) if any(line.columns) or any(line.evaluations)]
         drawn = [
             chart
             for chart in (_loss(trained), *_evaluations(trained, results), *_routing(trained), _rate(trained))
