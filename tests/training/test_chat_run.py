@@ -202,3 +202,36 @@ def test_a_study_compares_before_with_after(data: Path, tmp_path: Path) -> None:
     results = isoform.study(study, out=tmp_path / "study")
     assert [question["verdict"] for question in results["questions"]]
     assert not [row for row in results["audit"] if row["level"] == "refuse"]
+
+
+def test_a_study_prefers_after_it_has_learned_to_answer(data: Path, tmp_path: Path) -> None:
+    """Two adapters one after the other: the reference of the second is the base with the first one merged in."""
+    base = config(data).model_dump(mode="json", exclude={"name", "about", "seed", "track", "data"})
+    start = train(config(data, train={"max_steps": 2}), tmp_path / "start", quiet=True).folder
+    base |= {"model": {"from": str(start / "final")}, "text": {"max_tokens": 96}, **LORA}
+    pairs = {"root": str(data), "path": "pairs.json", "splits": {"train": 0.8, "dev": 0.2}, "overlap": "keep"}
+    rows = [{**row, "output": row["chosen"]} for row in json.loads((data / "pairs.json").read_text())]
+    (data / "pairs.json").write_text(json.dumps(rows))
+    study = {
+        "name": "preference",
+        "base": {**base, "data": pairs},
+        "stages": {
+            "sft": {"objective": {"kind": "chat"}, "train": {"max_steps": 3}},
+            "prefer": {"objective": {"kind": "preference"}, "train": {"max_steps": 3}},
+        },
+        "arms": {"preferred": {"stages": ["prefer"]}, "sft-preferred": {"stages": ["sft", "prefer"]}},
+        "seeds": 2,
+        "compare": {"metric": "preference_accuracy", "split": "dev"},
+        "questions": [{"pair": ["preferred", "sft-preferred"]}],
+    }
+    results = isoform.study(study, out=tmp_path / "study")
+    assert not [row for row in results["audit"] if row["level"] == "refuse"]
+    # Both stages hold out the same instructions, though one reads the answers of another column.
+    kept = [
+        {row["input"] for row in read_jsonl(folder / "predictions.jsonl")}
+        for folder in sorted((tmp_path / "study" / "stages").glob("*-seed0-*"))
+    ]
+    assert len(kept) == 3 and kept[0] == kept[1] == kept[2] != set()
+    chained = next(row for row in results["arms"] if row["name"] == "sft-preferred")["runs"][0]
+    losses = [row["loss"] for row in read_jsonl(tmp_path / "study" / chained["final"] / "metrics.jsonl")]
+    assert losses[0] == pytest.approx(0.6931, abs=1e-3)

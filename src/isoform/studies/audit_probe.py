@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from isoform import chance
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.folders import save_base, save_model
 from isoform.config import RunConfig
 from isoform.contracts import Batch, Ints, Sample, Sequences
 from isoform.data.batches import collate
@@ -190,6 +190,7 @@ class Probes:
         probe = self.of(first)
         folder = Path(self._folder.name) / f"{id(probe):x}"
         if not folder.exists():
+            save_base(folder.with_name(f"{folder.name}-base"), probe.run.model, probe.run.tokenizer)
             save_model(folder, probe.run.model, probe.run.tokenizer)
         return folder
 
