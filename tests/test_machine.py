@@ -89,8 +89,17 @@ def test_precision_is_what_was_asked_or_what_is_faster(monkeypatch: pytest.Monke
     for supported, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=supported: answer)
         assert machine.choose_precision("auto", "cuda:0") == expected
-    with pytest.raises(ConfigError, match=r"train.precision: 'half' given; auto, fp32 or bf16 is expected"):
+    with pytest.raises(ConfigError, match=r"train.precision: 'half' given; auto, fp32, bf16 or fp16 is expected"):
         machine.choose_precision("half", "cpu")
+    assert machine.choose_precision("fp16", "cuda:0") == "fp16"
+    with pytest.raises(ConfigError, match=r"train.precision: fp16 given, which needs a CUDA GPU, and this is cpu"):
+        machine.choose_precision("fp16", "cpu")
+
+
+def test_ways_take_turns_and_the_least_seconds_count() -> None:
+    order: list[str] = []
+    best = machine.race({name: lambda name=name: order.append(name) for name in "ab"}, 0.0, least_rounds=3)
+    assert order == ["a", "b"] * 4 and set(best) == {"a", "b"} and all(0 <= value < 1 for value in best.values())
 
 
 def test_the_device_is_the_fastest_kind_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

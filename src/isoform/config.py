@@ -144,8 +144,8 @@ class TrainConfig(Section):
     # adamw | muon
     clip_norm: float | None = Field(1.0, gt=0)
     # largest global gradient norm; null: no clipping
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    # auto: bf16 where this machine multiplies bf16 matrices faster than fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    # auto: bf16 where this machine trains faster in it than in fp32; fp16, with scaled gradients: on a GPU alone
     checkpoint_every_steps: Positive | None = None
     # null: about every 2 minutes' worth is up to `checkpoint_every_seconds`
     checkpoint_every_seconds: float = Field(120.0, ge=0)

@@ -1,4 +1,4 @@
-"""What this machine is and can: cores, memory, devices, and whether it multiplies bf16 matrices faster than fp32.
+"""What this machine is and can: cores, memory, devices, and whether it trains faster in bf16 than in fp32.
 
 torch is imported inside the functions that need it, so that a report or `--help` does without.
 """
@@ -12,6 +12,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +21,6 @@ from isoform.errors import ConfigError, DiskError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
 # Packages whose version can change a number or a file, and those that are optional; absent ones are None.
 PACKAGES = (
@@ -115,15 +115,19 @@ def choose_device() -> torch.device:
 
 
 def choose_precision(asked: str, device: str | torch.device) -> str:
-    """`fp32` or `bf16`: what was asked, or for `auto` bf16 where the device multiplies bf16 matrices faster.
+    """`fp32`, `bf16` or `fp16`: what was asked, or for `auto` bf16 where the device multiplies bf16 matrices faster.
 
-    Raises: ConfigError for any other word.
+    Raises: ConfigError for any other word, and for fp16 without a GPU.
     """
-    if asked in ("fp32", "bf16"):
-        return asked
-    if asked != "auto":
-        raise ConfigError(f"train.precision: {asked!r} given; auto, fp32 or bf16 is expected")
     kind = str(device).partition(":")[0]
+    if asked in ("fp32", "bf16") or (asked == "fp16" and kind == "cuda"):
+        return asked
+    if asked == "fp16":
+        raise ConfigError(
+            f"train.precision: fp16 given, which needs a CUDA GPU, and this is {kind}; use auto, bf16 or fp32"
+        )
+    if asked != "auto":
+        raise ConfigError(f"train.precision: {asked!r} given; auto, fp32, bf16 or fp16 is expected")
     if kind == "cuda":
         import torch
 
@@ -132,56 +136,79 @@ def choose_precision(asked: str, device: str | torch.device) -> str:
 
 
 def fast_bf16() -> bool:
-    """Whether this processor multiplies bf16 matrices at least 1.2 times as fast as fp32 ones; measured once, cached.
+    """Whether this processor trains at least 1.2 times as fast in bf16 as in fp32; measured once, cached.
 
     The answer is kept in the user's cache folder for this processor and torch version.
     """
     import torch
 
-    cache = cache_folder() / "machine.json"
     key = f"{cpu_model()} | torch {torch.__version__}"
+    return remembered("machine.json", key, lambda: bf16_speedup()) >= _WORTHWHILE_RATIO
+
+
+def bf16_speedup() -> float:
+    """Time of a training block in fp32 over that in bf16, with the casts of autocast.
+
+    One thread, and the fastest of several tries, since other work on the machine can only slow them down. Takes about
+    half a second.
+    """
+    import torch
+
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        best = race({name: training_block(name) for name in ("fp32", "bf16")}, 0.4)
+    finally:
+        torch.set_num_threads(num_threads)
+    return best["fp32"] / best["bf16"]
+
+
+def training_block(precision: str) -> Callable[[], object]:
+    """Forward and backward pass of the feed-forward layer of a small transformer, to be timed; in plain torch."""
+    import torch
+    from torch.nn import functional
+
+    hidden, up, down = (
+        torch.full(shape, 0.01, requires_grad=True) for shape in ((1024, 256), (1024, 256), (256, 1024))
+    )
+
+    def run() -> object:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            inner = functional.gelu(functional.linear(functional.layer_norm(hidden, (256,)), up))
+            output = functional.linear(inner, down)
+        return torch.autograd.grad(output, (hidden, up, down), torch.ones_like(output))
+
+    return run
+
+
+def race(ways: Mapping[str, Callable[[], object]], seconds: float, least_rounds: int = 2) -> dict[str, float]:
+    """The least seconds that each way took once; they take turns, so that all see the same disturbance."""
+    best = dict.fromkeys(ways, float("inf"))
+    for way in ways.values():
+        way()
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < least_rounds or time.perf_counter() < end:
+        for name, way in ways.items():
+            began = time.perf_counter()
+            way()
+            best[name] = min(best[name], time.perf_counter() - began)
+        rounds += 1
+    return best
+
+
+def remembered(file: str, key: str, measure: Callable[[], float]) -> float:
+    """What was measured under `key`, from a file in the user's cache folder; measured now where it is not there."""
+    cache = cache_folder() / file
     known: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError):
         stored = storage.read_json(cache)
         known = stored if isinstance(stored, dict) else {}
-    ratio = known.get(key)
-    if not isinstance(ratio, float):
-        ratio = bf16_speedup()
+    value = known.get(key)
+    if not isinstance(value, float):
+        value = measure()
         with contextlib.suppress(OSError, DiskError):
-            storage.write_json(cache, {**known, key: ratio})
-    return ratio >= _WORTHWHILE_RATIO
-
-
-def bf16_speedup() -> float:
-    """Time of an fp32 product of (4096, 256) and (256, 1024) over that of a bf16 one, casts included.
-
-    This is the feed-forward product of a small transformer. One thread, and the fastest of several tries, since other
-    work on the machine can only slow them down. Takes under half a second.
-    """
-    import torch
-
-    left, right = torch.ones(4096, 256), torch.ones(256, 1024)
-
-    def product_fp32() -> Tensor:
-        return left @ right
-
-    def product_bf16() -> Tensor:
-        return left.bfloat16() @ right.bfloat16()
-
-    best = {product: float("inf") for product in (product_fp32, product_bf16)}
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        end = time.perf_counter() + 0.3
-        # Taking turns lets both see the same disturbance.
-        while time.perf_counter() < end:
-            for product in best:
-                began = time.perf_counter()
-                product()
-                best[product] = min(best[product], time.perf_counter() - began)
-    finally:
-        torch.set_num_threads(num_threads)
-    return best[product_fp32] / best[product_bf16]
+            storage.write_json(cache, {**known, key: value})
+    return value
 
 
 def cache_folder() -> Path:

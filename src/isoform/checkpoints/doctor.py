@@ -19,6 +19,7 @@ from isoform import machine, storage
 from isoform.checkpoints import folders, manifest, parity, sources
 from isoform.checkpoints.folders import LoadedModel
 from isoform.errors import IsoformError
+from isoform.layers import choice
 from isoform.layers.moe import MixtureOfExperts
 from isoform.models.lora import active_adapter, adapter_state
 from isoform.text.tokenizers import TextTokenizer
@@ -65,12 +66,15 @@ def examine(path: str | Path | None = None) -> list[Finding]:
 
 
 def _machine() -> list[Finding]:
-    facts = machine.describe()
+    facts, device = machine.describe(), machine.choose_device()
+    precision = machine.choose_precision("auto", device)
+    chosen = choice.choose(precision, device)
     flags = ", ".join(facts["cpu_flags"]) or "none of those that matter"
     findings = [
         Finding("ok", f"Python {facts['python']} at {sys.executable}; torch {facts['torch']} on {facts['platform']}"),
         Finding("ok", f"{facts['cpu']}: {facts['cores']} cores, of which torch uses {facts['threads']}; {flags}"),
-        Finding("ok", f"device {machine.choose_device()}, {machine.choose_precision('auto', machine.choose_device())}"),
+        Finding("ok", f"device {device}, {precision}"),
+        Finding("ok", f"kernels: {choice.KINDS[chosen['native']]}: {chosen['why']}; {chosen['threads']} threads"),
     ]
     if facts["threads"] > facts["cores"]:
         findings.append(

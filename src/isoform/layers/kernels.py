@@ -1,6 +1,7 @@
 """The C++ kernels of `layers/native`: compiled for the processor at hand on first use, kept in the user's cache.
 
-Where there is no compiler, or `ISOFORM_NATIVE=0` is set, `library` is None and plain torch does the same work.
+Where there is no compiler, or `ISOFORM_NATIVE=0` is set, `library` is None and plain torch does the same work; so it
+does where `choice` has found it faster.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ class Library:
     """The compiled kernels, by name and the types that they read and write."""
 
     def __init__(self, path: Path) -> None:
+        self.key = path.stem
         self._library = ctypes.CDLL(str(path))
         self.has_tiles = bool(self._library.has_tiles())
         if self.has_tiles:
@@ -113,6 +115,28 @@ def library() -> Library | None:
         return None
 
 
+# Whether this process uses the kernels that it has; see `choice`.
+_switch = {"on": True}
+
+
+def switch(on: bool) -> None:
+    """Whether the kernels are used from now on, where there are any."""
+    _switch["on"] = on
+
+
+def switched_on() -> bool:
+    return _switch["on"]
+
+
+def why_plain() -> str:
+    """Why `library` is None."""
+    if os.environ.get("ISOFORM_NATIVE") == "0":
+        return "switched off by ISOFORM_NATIVE=0"
+    if _compiler() is None:
+        return "no C++ compiler was found"
+    return f"they could not be compiled, see {machine.cache_folder() / 'native'}"
+
+
 def serves(*tensors: Tensor | None) -> Library | None:
     """The kernels, where all of these are plain tensors on a CPU, in types that they know, and not being traced."""
     if torch.compiler.is_compiling() or torch._C._get_tracing_state():
@@ -124,12 +148,16 @@ def serves(*tensors: Tensor | None) -> Library | None:
             or not (tensor.dtype in SUFFIXES or tensor.dtype == torch.int64)
         ):
             return None
-    return library()
+    return library() if _switch["on"] else None
+
+
+def _compiler() -> str | None:
+    return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 
 
 def _built() -> Path | None:
     """The compiled file; a failure is kept too, so that it costs its seconds once."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
+    compiler = _compiler()
     if compiler is None:
         return None
     sources = {file.name: file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir())}

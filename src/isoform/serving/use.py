@@ -25,6 +25,7 @@ from isoform.data.splits import load_splits
 from isoform.errors import CheckpointError, ConfigError, IsoformWarning
 from isoform.evaluation.evaluate import Evaluation, evaluate
 from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, text_stream
+from isoform.layers import choice
 from isoform.registry import component
 from isoform.storage import locked, read_json, write_json
 from isoform.text.chat import chat_tokens, closing_ids
@@ -74,10 +75,14 @@ def open_model(path: str | Path, *, precision: str | None = None, max_tokens: in
         config = config.model_copy(update={"text": text})
     cls, options = component("objective", config.objective, "objective")
     objective: Objective = cls(options, loaded.tokenizer, config.text.max_tokens)
-    chosen = precision or machine.choose_precision(config.train.precision, device.type)
+    # What was trained in fp16 on a GPU may be used without one.
+    asked = "auto" if config.train.precision == "fp16" and device.type != "cuda" else config.train.precision
+    chosen = precision or machine.choose_precision(asked, device.type)
+    choice.choose(chosen, device)
 
     def autocast() -> AbstractContextManager[Any]:
-        return contextlib.nullcontext() if chosen == "fp32" else torch.autocast(device.type, torch.bfloat16)
+        dtype = torch.float16 if chosen == "fp16" else torch.bfloat16
+        return contextlib.nullcontext() if chosen == "fp32" else torch.autocast(device.type, dtype)
 
     return Opened(Path(path), loaded.model, loaded.tokenizer, objective, config, device, autocast, _stop(loaded))
 

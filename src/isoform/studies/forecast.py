@@ -9,6 +9,7 @@ from typing import Any
 
 from isoform import machine
 from isoform.config import RunConfig, run_config, study_config
+from isoform.layers import choice
 from isoform.reading import is_study
 from isoform.storage import free_bytes
 from isoform.studies import audit
@@ -31,7 +32,9 @@ def forecast(values: dict[str, Any], *, attempt: bool = False) -> dict[str, Any]
     study = study_config(values)
     wanted = {**study.base.get("train", {})}.get("precision", "auto")
     precision = machine.choose_precision(wanted, machine.choose_device().type)
-    layout = Layout(study, list(range(study.seed, study.seed + study.seeds)), precision, sources_fingerprint())
+    kernels = choice.choose(precision, machine.choose_device())["native"]
+    seeds = list(range(study.seed, study.seed + study.seeds))
+    layout = Layout(study, seeds, precision, sources_fingerprint(), kernels)
     jobs = num_jobs(study.jobs, sum(1 for _ in layout.all()))
     stages = []
     with ExitStack() as made:

@@ -1,8 +1,9 @@
 """A study laid out before anything runs: which arm needs which stage at which seed, in which folder, shared or not.
 
-A stage's result is kept under a hash of its config, its data, the sources that affect numbers, the precision and the
-stage that it starts from. Two arms that ask for the same stage share it, once per seed. Where a config asks for a model
-it may name an arm that stands above it, `arm:NAME`: what that arm has made of the same seed (a teacher).
+A stage's result is kept under a hash of its config, its data, the sources that affect numbers, the precision, the
+kernels and the stage that it starts from. Two arms that ask for the same stage share it, once per seed. Where a config
+asks for a model it may name an arm that stands above it, `arm:NAME`: what that arm has made of the same seed (a
+teacher).
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ class Layout:
     precision: str
     sources: str
     # fingerprint of the code
+    kernels: str = "plain"
+    # plain | compiled | tiles
     chosen: dict[str, dict[str, Any]] = field(default_factory=dict)
     # arm -> tuned fields and their values
     _data: dict[str, str] = field(default_factory=dict)
@@ -142,7 +145,9 @@ class Layout:
             values["text"] = {"max_tokens": values["text"]["max_tokens"]}
         origin = parent.key if parent else None
         asked = {name: run.key for name, run in others.items()}
-        return fingerprint([values, self._data_key(config), self.sources, self.precision, origin, asked, trains])
+        return fingerprint(
+            [values, self._data_key(config), self.sources, self.precision, self.kernels, origin, asked, trains]
+        )
 
     def _data_key(self, config: RunConfig) -> str:
         cls, options = component("objective", config.objective, "objective")

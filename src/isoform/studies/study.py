@@ -19,6 +19,7 @@ import isoform
 from isoform import machine
 from isoform.config import StudyConfig, study_config
 from isoform.errors import AuditError, ConfigError
+from isoform.layers import choice
 from isoform.registry import lookup
 from isoform.storage import fingerprint, iterate_jsonl, locked, read_json, write_json, write_text
 from isoform.studies import audit
@@ -52,12 +53,14 @@ def study(
             list(range(config.seed, config.seed + config.seeds)),
             record["precision"],
             sources_fingerprint(),
+            record["kernels"]["native"],
         )
         planned = audit.before(layout)
         _refuse(planned)
         jobs = num_jobs(config.jobs, sum(1 for _ in layout.all()))
         record["jobs"] = jobs
 
+        @choice.held(record["kernels"])
         def train_missing(runs: Sequence[StageRun], note: str = "") -> None:
             carry_out(runs, folder, layout.precision, jobs=jobs, quiet=quiet, say=say, note=note)
 
@@ -76,24 +79,31 @@ def study(
 
 
 def _record(folder: Path, config: StudyConfig, command: str, say: Say) -> dict[str, Any]:
-    """The study's manifest: precision and machine are chosen once and kept by every resume."""
+    """The study's manifest: precision, kernels and machine are chosen once and kept by every resume.
+
+    Raises: ConfigError where the kernels that it was begun with are not here.
+    """
     path = folder / "manifest.json"
     text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
     key = fingerprint(config.model_dump(mode="json", exclude={"jobs"}))
     if path.exists():
         record: dict[str, Any] = read_json(path)
         if record["fingerprint"] == key:
-            return record
+            device = machine.choose_device()
+            return {**record, "kernels": choice.choose(record["precision"], device, record.get("kernels"))}
         say(
             f"{folder} holds another study, or an earlier form of this one: its results and report are written anew, "
             "finished stages that this one shares are kept"
         )
     wanted = {**config.base.get("train", {})}.get("precision", "auto")
+    device = machine.choose_device()
+    precision = machine.choose_precision(wanted, device.type)
     record = {
         "format": 1,
         "fingerprint": key,
         "command": command,
-        "precision": machine.choose_precision(wanted, machine.choose_device().type),
+        "precision": precision,
+        "kernels": choice.choose(precision, device),
         "machine": machine.describe(),
         "packages": machine.package_versions(),
         "code": {"isoform": isoform.__version__, "sources": sources_fingerprint()},

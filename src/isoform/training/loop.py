@@ -92,6 +92,8 @@ class Loop:
         self.state = found.state
         restore_random_streams(self.state.rng)
         self.silent = set(self.state.scalars.get("silent", []))
+        if self.accelerator.scaler is not None and "scale" in self.state.scalars:
+            self.accelerator.scaler.load_state_dict(self.state.scalars["scale"])
         self._saved_step = self.state.step
         self.log.event("resumed", step=self.state.step)
 
@@ -148,18 +150,18 @@ class Loop:
                     device=self.run.device,
                     world=self.accelerator.num_processes,
                     no_sync=self.accelerator.no_sync,
+                    backward=self.accelerator.backward,
                 )
                 break
             except (torch.OutOfMemoryError, MemoryError) as error:
                 step = self._smaller(step, error)
         self._grad_norm = self._clip()
         totals = self._reduce(totals)
-        if not all(map(math.isfinite, [*totals.values(), self._grad_norm])):
+        if not all(map(math.isfinite, totals.values())) or not (math.isfinite(self._grad_norm) or self._may_shrink()):
             self._refuse_non_finite(step, totals)
         self._note_silent()
         self._rate = set_rates(self.optimizers, self.run.factor(step.step))
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self._step()
         self._clear()
         return totals, counts
 
@@ -177,7 +179,24 @@ class Loop:
         self.log.event("smaller-micro-batch", step=step.step, micro_batch_tokens=self.micro_batch_tokens)
         return self._feed().at(step.step)
 
+    def _step(self) -> None:
+        """One step of every optimiser; in fp16, none where a scaled gradient was too large, and a smaller scale."""
+        scaler = self.accelerator.scaler
+        for optimizer in self.optimizers:
+            optimizer.step() if scaler is None else scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+
+    def _may_shrink(self) -> bool:
+        """Whether a gradient that is not finite may come from the scale of fp16, which becomes smaller by itself."""
+        scaler = self.accelerator.scaler
+        return scaler is not None and scaler.get_scale() > 1
+
     def _clip(self) -> float:
+        """The gradients' norm; they are no longer scaled, and no longer than `train.clip_norm`."""
+        if self.accelerator.scaler is not None:
+            for optimizer in self.optimizers:
+                self.accelerator.scaler.unscale_(optimizer)
         limit = self.train.clip_norm if self.train.clip_norm is not None else float("inf")
         return float(self.accelerator.clip_grad_norm_(list(self.names.values()), limit))
 
@@ -300,6 +319,8 @@ class Loop:
     def _save(self) -> None:
         self.log.flush()
         self.state.scalars["silent"] = sorted(self.silent)
+        if self.accelerator.scaler is not None:
+            self.state.scalars["scale"] = self.accelerator.scaler.state_dict()
         assert self.run.batch_plan is not None
         epoch, offset = divmod(self.state.step, self.run.batch_plan.steps_per_epoch)
         self.state.cursor = {"epoch": epoch, "step_in_epoch": offset}

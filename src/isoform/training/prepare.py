@@ -23,6 +23,7 @@ from isoform.data.corpus import Dataset, build_dataset
 from isoform.data.plan import BatchPlan
 from isoform.data.splits import SplitSources, load_splits
 from isoform.errors import ConfigError
+from isoform.layers import choice
 from isoform.models.depth import keep_layers
 from isoform.models.lora import active_adapter, base_fingerprint
 from isoform.objectives.routing import with_routing
@@ -64,6 +65,8 @@ class Prepared:
     schedule: Schedule
     optimizer: Optimizer
     precision: str
+    kernels: dict[str, Any]
+    # which this process uses, and why; see `layers.choice`
     device: torch.device
     fingerprints: dict[str, str]
     # data, tokenizer, and each model that the objective needs beside the trained one
@@ -78,13 +81,14 @@ def prepare(
     *,
     start: Path | None = None,
     precision: str | None = None,
+    kernels: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
     for_training: bool = True,
 ) -> Prepared:
     """Reads, splits, encodes and builds; of a model that is fitted in one go, what it is fitted on (`classical.fit`).
 
     start: a model folder that takes the place of `model` and `text.tokenizer` (the stage before).
-    precision: the choice of the study, if one was made.
+    precision: the choice of the study, if one was made. kernels: the choice that the run was begun with.
 
     Raises: ConfigError, DataError, CheckpointError.
     """
@@ -98,6 +102,8 @@ def prepare(
     layers = options.pop("layers", None) if family is None else None
     device = device or machine.choose_device()
     precision = precision or machine.choose_precision(config.train.precision, device.type)
+
+    chosen = choice.choose(precision, device, kernels)
 
     # Master weights are float32, whatever the folder holds.
     loaded = load_model(start, dtype=torch.float32) if start is not None else None
@@ -128,6 +134,7 @@ def prepare(
             schedule=schedule_class(schedule_options),
             optimizer=optimizer_class(optimizer_options),
             precision=precision,
+            kernels=chosen,
             device=device,
             fingerprints={"data": splits.fingerprint},
         )
@@ -185,6 +192,7 @@ def prepare(
         schedule=schedule_class(schedule_options),
         optimizer=optimizer_class(optimizer_options),
         precision=precision,
+        kernels=chosen,
         device=device,
         fingerprints={
             "data": _data_fingerprint(datasets, splits),

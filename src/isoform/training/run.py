@@ -89,7 +89,7 @@ def train(
     """
     if start is None and fits(config):
         return fit_and_score(config, folder, precision=precision)
-    accelerator = _accelerator()
+    accelerator = _accelerator(_precision(config, folder, precision))
     reads = Reads()
     if not accelerator.is_main_process:
         return _train(config, folder, accelerator, reads, resume=resume, start=start, precision=precision, quiet=True)
@@ -97,12 +97,24 @@ def train(
         return _train(config, folder, accelerator, reads, resume=resume, start=start, precision=precision, quiet=quiet)
 
 
-def _accelerator() -> Accelerator:
-    """A fresh Accelerator: a study makes many runs in one process, and Accelerate keeps its state globally."""
+def _precision(config: RunConfig, folder: Path, chosen: str | None) -> str:
+    """What the run computes in: as it was begun, else as its study chose, else what its config asks for."""
+    path = folder / "manifest.json"
+    begun = read_json(path).get("precision") if path.exists() else None
+    device = machine.choose_device()
+    return str(chosen or begun or machine.choose_precision(config.train.precision, device.type))
+
+
+def _accelerator(precision: str = "fp32") -> Accelerator:
+    """A fresh Accelerator: a study makes many runs in one process, and Accelerate keeps its state globally.
+
+    It scales the gradients of fp16; autocast is the loop's own.
+    """
     if PartialState._shared_state == {} or PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-    return Accelerator(cpu=machine.choose_device().type == "cpu")
+    mixed = "fp16" if precision == "fp16" else "no"
+    return Accelerator(cpu=machine.choose_device().type == "cpu", mixed_precision=mixed)
 
 
 def _train(
@@ -120,7 +132,13 @@ def _train(
     manifest_path = folder / "manifest.json"
     earlier = read_json(manifest_path) if manifest_path.exists() else {}
     # Chosen once: a resume on another machine goes on as the run began.
-    run = prepare(config, start=start, precision=precision or earlier.get("precision"), device=accelerator.device)
+    run = prepare(
+        config,
+        start=start,
+        precision=precision or earlier.get("precision"),
+        kernels=earlier.get("kernels"),
+        device=accelerator.device,
+    )
     if accelerator.is_main_process:
         remove_leftovers(folder)
         remove_leftovers(folder / "checkpoints")
@@ -297,6 +315,7 @@ def _manifest(run: Prepared, accelerator: Accelerator, started: str) -> dict[str
         "machine": machine.describe(),
         "device": str(run.device),
         "precision": run.precision,
+        "kernels": run.kernels,
         "processes": accelerator.num_processes,
         "fingerprints": {"config": fingerprint(run.resolved), **run.fingerprints},
         "seed": run.config.seed,

@@ -43,10 +43,10 @@ def trained_parameters(model: nn.Module, objective: Objective) -> dict[str, nn.P
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[Any]:
-    """bf16 compute with fp32 master weights, or nothing."""
+    """bf16 or fp16 compute with fp32 master weights, or nothing."""
     if precision == "fp32":
         return contextlib.nullcontext()
-    return torch.autocast(device.type, torch.bfloat16)
+    return torch.autocast(device.type, torch.float16 if precision == "fp16" else torch.bfloat16)
 
 
 def accumulate(
@@ -59,11 +59,12 @@ def accumulate(
     world: int = 1,
     no_sync: Callable[[nn.Module], AbstractContextManager[Any]] = lambda module: contextlib.nullcontext(),
     after: Callable[[], None] = lambda: None,
+    backward: Callable[[Tensor], object] = Tensor.backward,
 ) -> dict[str, float]:
     """Adds the gradient of one global step to the parameters; returns each part's total over this rank.
 
     counts: each part's global count. world: the wrapper averages gradients over ranks, so sums are scaled by it.
-    after: called after each micro-batch.
+    after: called after each micro-batch. backward: what is done with its loss, where gradients are scaled.
     """
     totals: dict[str, float] = {}
     for index, batch in enumerate(batches):
@@ -79,7 +80,7 @@ def accumulate(
                 ),
                 start=torch.zeros((), device=device),
             )
-            loss.backward()  # type: ignore[no-untyped-call]
+            backward(loss)
         values = torch.stack([part.total.detach().to(loss.dtype) for part in parts.values()]).tolist()
         for name, value in zip(parts, values, strict=True):
             totals[name] = totals.get(name, 0.0) + value
