@@ -161,6 +161,16 @@ def test_texts_are_read_whole_however_short_the_context_is(root: Path) -> None:
     assert isoform.plan(bag(root).model_dump())["stages"][0]["model"] == plan["model"]
 
 
+def test_what_other_verbs_make_of_it(root: Path) -> None:
+    folder = train(bag(root), root / "run", quiet=True).folder
+    assert not [row for row in isoform.doctor(folder) if row["level"] == "error"]
+    for to in ("hf", "onnx", "gguf"):
+        with pytest.raises(CheckpointError, match=r"naive-bayes, a bag of words, has no form in another program"):
+            isoform.export(folder, to)
+    with pytest.raises(ConfigError, match=r"a bag of words, which cannot continue a text"):
+        list(isoform.generate(folder, "a film"))
+
+
 def test_pairs_are_one_bag(tmp_path: Path) -> None:
     table = [(text, "lovely" if label == "good" else "dull", label) for text, label in rows(60, labels=("bad", "good"))]
     for name in ("train.csv", "dev.csv"):

@@ -97,6 +97,8 @@ def export_model(path: str | Path, to: str, out: Path | None = None) -> Exported
     if target.exists() and not (target / RECORD).is_file():
         raise ConfigError(f"--out: {target} is there and is no earlier export; name another folder, or remove it")
     loaded = folders.load_model(path)
+    if "fits" in loaded.model.capabilities:
+        raise CheckpointError(f"{path}: {loaded.family}, a bag of words, has no form in another program")
     if to == "peft" and "base" not in loaded.info:
         raise CheckpointError(f"{path}: no adapter, but a whole model; --to hf writes that")
     with storage.staged_folder(target) as staged:

@@ -217,6 +217,8 @@ def continue_text(
     An encoder-decoder reads the prompt and says what it makes of it. beams: more than one say their text at the end, in
     one piece. Raises: ConfigError, DataError where the model cannot do it.
     """
+    if "fits" in opened.model.capabilities:
+        raise ConfigError(f"{opened.path}: a bag of words, which cannot continue a text; use `isoform predict`")
     if "bidirectional" in opened.model.capabilities:
         raise ConfigError(f"{opened.path}: an encoder, which reads a text from both sides and cannot continue one")
     prompt = _continued(opened, text, chat=chat, max_new_tokens=max_new_tokens)

@@ -31,6 +31,7 @@ class NGrams:
     """
 
     kind = "n-grams"
+    chat_template = None
 
     def __init__(self, terms: Sequence[str], shortest: int, longest: int) -> None:
         self.terms = list(terms)
