@@ -28,7 +28,7 @@ ACCURACY = "accuracy"
 def breakdowns(records: Records) -> list[Row]:
     """A part for each arm and split: of a study each arm's first seed on the compared split, of a run every split."""
     compare = records.results.get("compare") or {}
-    found = []
+    found: list[Row] = []
     for arm in records.results.get("arms") or ():
         run = next((run for run in arm.get("runs") or () if run.get("final")), None)
         if run is None:

@@ -118,14 +118,15 @@ def prepare(
     objective_options = objective_class.settled(objective_options, texts, known)
     if family is not None and "fits" in family.capabilities:
         _check_fits(config, objective_options)
-        unlimited: Objective = objective_class(objective_options, NGrams([], 1, 1), family.max_positions)
+        no_terms: Any = NGrams([], 1, 1)
+        unlimited: Objective = objective_class(objective_options, no_terms, family.max_positions)
         _check_scoring(config, unlimited, set(splits.splits), for_training)
         bag = build_options(family, options, "model")
         return Prepared(
             config=config,
             resolved=_resolved(config, objective_options, schedule_options, optimizer_options, bag, None),
             splits=splits,
-            tokenizer=unlimited.tokenizer,
+            tokenizer=no_terms,
             objective=unlimited,
             datasets={},
             model=None,
