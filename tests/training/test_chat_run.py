@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 
 import isoform
 from isoform.config import RunConfig, run_config
-from isoform.errors import DataError, Stopped
+from isoform.errors import ConfigError, DataError, Stopped
 from isoform.models.lora import adapter_state
 from isoform.reading import merge
 from isoform.serving.predict import predict, read_inputs
@@ -122,6 +122,8 @@ def test_what_is_lost_is_told_before_the_training(data: Path) -> None:
     with pytest.raises(DataError, match="at most 18 fit"):
         prepare(config(data, text={"max_tokens": 18}, data={"long_documents": "refuse"}))
     rows = [{"messages": [{"role": "user", "content": thing}]} for thing in THINGS]
+    with pytest.raises(ConfigError, match=r"needs generated answers, .* unless `evaluate.metrics` names it"):
+        prepare(config(data, train={"select": {"metric": "ended"}}))
     (data / "chat.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(DataError, match=r"chat\.jsonl:\d+: a conversation without an answer"):
         prepare(config(data))

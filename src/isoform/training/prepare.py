@@ -23,6 +23,7 @@ from isoform.data.corpus import Dataset, build_dataset
 from isoform.data.plan import BatchPlan
 from isoform.data.splits import SplitSources, load_splits
 from isoform.errors import ConfigError
+from isoform.evaluation.evaluate import GENERATED_COLUMNS
 from isoform.layers import choice
 from isoform.models.depth import keep_layers
 from isoform.models.lora import active_adapter, base_fingerprint
@@ -293,7 +294,12 @@ def _check_scoring(config: RunConfig, objective: Objective, splits: set[str], fo
     select = config.train.select
     if not for_training or select.metric == "last":
         return
-    lookup("metric", select.metric, "train.select.metric")
+    selecting = lookup("metric", select.metric, "train.select.metric")
+    if config.evaluate.metrics is None and GENERATED_COLUMNS & set(selecting.columns):
+        raise ConfigError(
+            f"train.select.metric: {select.metric} needs generated answers, which are made at the end alone unless "
+            f"`evaluate.metrics` names it: [{', '.join(objective.metrics)}]"
+        )
     if select.metric not in wanted:
         raise ConfigError(
             f"train.select.metric: {select.metric} is not measured; measured are {', '.join(wanted)} (evaluate.metrics)"
