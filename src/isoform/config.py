@@ -231,7 +231,7 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     text: TextConfig = TextConfig()
     model: dict[str, Any] = {"family": "gpt2"}
-    # family and its options; or `from:` a run, folder, .gguf file, hf:owner/name or pkg:NAME, and `layers:` to keep of it
+    # family and its options; or `from:` a run, folder, .gguf file, hf:owner/name or pkg:NAME, with `layers:` to keep
     objective: Component = {"kind": "causal"}
     adapter: Component | None = None
     train: TrainConfig = TrainConfig()
