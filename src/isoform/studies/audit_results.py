@@ -109,11 +109,9 @@ def best_at_an_edge(layout: Layout, folder: Path, results: dict[str, Any]) -> li
     """A tuned value at the end of its grid, and a best checkpoint at the last step."""
     rows = []
     for arm in results["arms"]:
-        settings = [trial["setting"] for trial in arm["tuning"]]
-        for field in settings[0] if settings else ():
+        for where, field, values in _grids(arm, layout.study.arms[arm["name"]].tune):
             chosen = next((trial["setting"][field] for trial in arm["tuning"] if trial.get("chosen")), None)
-            if edge := _edge(chosen, [setting[field] for setting in settings]):
-                where = f"tune.{field}" if field in layout.study.arms[arm["name"]].tune else field
+            if edge := _edge(chosen, values):
                 text = f"arm {arm['name']}: the best {field} is {chosen}, the {edge} of its grid; widen {where}"
                 rows.append(row(EDGE, "warn", text))
     for where, runs in by_stage(layout, folder):
@@ -122,6 +120,15 @@ def best_at_an_edge(layout: Layout, folder: Path, results: dict[str, Any]) -> li
             text = f"{where}: the best checkpoint is the last step at {len(late)} of {len(runs)} seeds, so training may"
             rows.append(row(EDGE, "warn", f"{text} have ended too early; raise train.max_epochs or train.max_steps"))
     return rows
+
+
+def _grids(arm: dict[str, Any], tune: dict[str, list[Any]]) -> list[tuple[str, str, list[Any]]]:
+    """(where it is set, field, values that were tried): of the arm's `tune`, or of its model where that has lists."""
+    if tune or not arm["tuning"]:
+        return [(f"tune.{field}", field, values) for field, values in tune.items()]
+    return [
+        (field, field, [trial["setting"][field] for trial in arm["tuning"]]) for field in arm["tuning"][0]["setting"]
+    ]
 
 
 def _edge(chosen: Any, values: Iterable[Any]) -> str | None:
