@@ -142,6 +142,8 @@ class TrainConfig(Section):
     # constant | linear | cosine | inverse-sqrt | wsd, with warmup_steps or warmup_fraction
     optimizer: Component = {"kind": "adamw"}
     # adamw | muon
+    parameters: list[str] | None = Field(None, min_length=1)
+    # names of the parameters that are trained, `*` standing for anything, such as `classifier*`; null: all
     clip_norm: float | None = Field(1.0, gt=0)
     # largest global gradient norm; null: no clipping
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

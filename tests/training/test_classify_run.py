@@ -218,3 +218,25 @@ def test_two_arms_on_the_film_snippets_are_audited_and_compared(tmp_path: Path) 
     assert [question["verdict"] for question in results["questions"]]
     assert not [row for row in results["audit"] if row["level"] == "refuse"]
     assert "accuracy" in (tmp_path / "study" / "report.html").read_text()
+
+
+def test_only_the_parameters_that_are_named_are_trained(tmp_path):
+    path = write_csv(tmp_path / "my.csv", ["text", "label"], rows(60))
+    before = prepare(tiny(path))
+    config = tiny(
+        path, train={"parameters": ["classifier*", "blocks.0.feedforward_norm.*"], "max_steps": 3}
+    )
+    result = train(config, tmp_path / "head-alone", quiet=True)
+    after = open_model(result.folder).model
+    moved = {
+        name
+        for (name, ours), theirs in zip(after.named_parameters(), before.model.parameters(), strict=True)
+        if not torch.equal(ours, theirs)
+    }
+    assert moved and all(name.startswith(("classifier.", "blocks.0.feedforward_norm.")) for name in moved)
+    manifest = read_json(result.folder / "manifest.json")
+    assert manifest["model"]["trainable"] == sum(
+        parameter.numel() for name, parameter in before.model.named_parameters() if name in moved
+    )
+    with pytest.raises(ConfigError, match=r"train.parameters: no parameter is called 'clasifier\*'"):
+        prepare(tiny(path, train={"parameters": ["clasifier*"]}))
