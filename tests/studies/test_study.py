@@ -118,6 +118,19 @@ def test_tune_gives_each_setting_one_trial_and_keeps_the_best_on_the_selection_s
     assert results["arms"][1]["differences"]["train.learning_rate"] == 0.02
 
 
+def test_trials_do_not_look_at_the_test_split(values, tmp_path):
+    finetune = values["stages"]["finetune"]
+    finetune["data"]["test"] = finetune["data"].pop("dev")
+    finetune["evaluate"]["splits"] = ["test"]
+    values["compare"]["split"] = "test"
+    values["arms"] = {"tuned": {"stages": ["finetune"], "tune": {"train.learning_rate": [0.01, 0.02]}}}
+    values["questions"], values["seeds"] = [], 1
+    results = study(values, tmp_path / "out", quiet=True)
+    assert [row["check"] for row in results["audit"] if row["level"] == "warn" and "test" in row["check"]] == []
+    manifests = [read_json(path) for path in (tmp_path / "out").glob("stages/*/manifest.json")]
+    assert sorted(manifest["test_scored"] for manifest in manifests) == [0, 0, 1]
+
+
 def test_results_of_another_tool_are_an_arm(values, tmp_path):
     values["compare"] = {"metric": "exact_match", "split": "dev"}
     first = study(

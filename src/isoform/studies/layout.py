@@ -89,6 +89,8 @@ class Layout:
         runs: list[StageRun] = []
         for stage in self.study.arms[arm].stages or [AS_IS]:
             config = self.config(arm, stage, seed, settings if settings is not None else self.chosen.get(arm, {}))
+            if settings is not None:
+                config = _blind(config)
             parent = runs[-1] if runs else None
             others = {name: self._last(name, arm, seed) for name in arms_of(config)}
             key = self._key(config, parent, others, trains=stage != AS_IS)
@@ -186,6 +188,19 @@ def with_arms(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
         if changed == {"model": config.model, "objective": config.objective}
         else config.model_copy(update=changed)
     )
+
+
+def _blind(config: RunConfig) -> RunConfig:
+    """The run as a trial, which chooses by another split and does not look at the test split."""
+    named = config.evaluate.splits
+    if "test" not in (["test"] if named is None and _has_test(config) else named or []):
+        return config
+    others = [split for split in named or [] if split != "test"] or [config.train.select.split]
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"splits": others})})
+
+
+def _has_test(config: RunConfig) -> bool:
+    return config.data.test is not None or config.data.splits.test > 0
 
 
 def _nested(path: list[str], value: Any) -> dict[str, Any]:
