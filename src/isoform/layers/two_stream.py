@@ -115,7 +115,7 @@ class TwoStreamAttention(nn.Module):
         by_position = blockwise.to_blocks(q + self.position_bias.to(q.dtype), plan.queries)
         by_segment = blockwise.to_blocks(q + self.segment_bias.to(q.dtype), plan.queries)
         visible = view.visible(plan, itself=itself)
-        biases, empty = [], False
+        biases = []
         for block, (near, apart) in enumerate(zip(by_position, by_segment, strict=True)):
             bias = plan.bias[block] + scale * self._by_distance(near, view.max_distance)
             if view.batch.segments is not None:
@@ -123,12 +123,11 @@ class TwoStreamAttention(nn.Module):
             seen = visible[block]
             if seen is not None:
                 bias = torch.where(seen, bias, blockwise.UNSEEN)
-                empty = True
             biases.append(bias)
         site = self.dropout.on_weights(view.keys)
         content = (q + self.content_bias.to(q.dtype)).contiguous()
         mixed = blockwise.attend(content, k, v, plan, rule, site, biases)
-        if empty and not itself:
+        if view.ranks is not None and not itself:
             mixed = mixed * _sees_any(view)[:, None, None].to(mixed.dtype)
         return mixed.flatten(1)  # (n, h, k) -> (n, h k)
 
