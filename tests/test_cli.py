@@ -215,7 +215,7 @@ def test_inputs_of_every_form_and_characters_that_nobody_knows(monkeypatch, caps
     with pytest.warns(IsoformWarning, match="1 input tokens were unknown"):
         list(isoform.generate("runs/pairs", "Ä", max_new_tokens=1))
     code, line = refused(monkeypatch, capsys, "predict", "runs/pairs", "sun", "--out", "answers.xlsx")
-    assert code == 2 and ".csv, .jsonl or .txt" in line and not Path("answers.xlsx").exists()
+    assert code == 2 and ".csv, .jsonl, .txt or .conll" in line and not Path("answers.xlsx").exists()
 
 
 def test_no_such_run(monkeypatch, capsys):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "bench",
     "compare",
     "doctor",
     "evaluate",
@@ -221,6 +222,19 @@ def plan(config: Config, *, set: Sequence[str] = (), seeds: int | None = None, a
     if seeds is not None:
         values["seeds"] = seeds
     return forecast(values, attempt=attempt)
+
+
+def bench(config: Config | None = None, *, set: Sequence[str] = (), seconds: float = 10.0) -> dict[str, Any]:
+    """This machine's ceilings, and how near to them the config's real steps come; nothing is written.
+
+    config: default, a small GPT on text that comes with isoform. seconds: about how long steps are timed.
+    Returns: {ceilings, step: {tokens_per_second, gflops, fraction_of_ceiling, ...}, shares, kernels, precision, ...}.
+    """
+    from isoform.config import run_config
+    from isoform.training.bench import DEFAULT
+    from isoform.training.bench import bench as carry_out
+
+    return carry_out(run_config(_values(DEFAULT if config is None else config, set, arms=False)), seconds)
 
 
 def passport(

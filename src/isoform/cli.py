@@ -212,6 +212,23 @@ def plan(
 
 
 @app.command()
+def bench(
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG]", help="A recipe's name or a YAML file; default: a small GPT.")
+    ] = None,
+    settings: Settings = None,
+    seconds: Annotated[float, typer.Option(min=0, help="How long steps are timed, about.")] = 10.0,
+    as_json: Json = False,
+) -> None:
+    """What this machine can do, what training makes of it, and where the time goes. Nothing is kept."""
+    import isoform
+    from isoform.studies.listings import print_bench
+
+    values = isoform.bench(config, set=settings or [], seconds=seconds)
+    _print_json(values) if as_json else print_bench(values, _console())
+
+
+@app.command()
 def data(
     source: Annotated[str, typer.Argument(help="A file, folder, hf:owner/name[@revision] or builtin:name.")],
     against: Annotated[list[str] | None, typer.Option("--against", help="A source that must not overlap.")] = None,

@@ -102,6 +102,30 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         print_line(console, "✓", "tried: one step, evaluation, save and reload went through", "green")
 
 
+def print_bench(values: dict[str, Any], console: Console) -> None:
+    """The ceilings, what a step reaches of them, where its time goes, and with which kernels."""
+    step, ceilings, kernels = values["step"], values["ceilings"], values["kernels"]
+    facts = values["machine"]
+    print_line(console, "", str(values["name"]), "bold")
+    print_line(
+        console, "", f"{facts['cpu']}; {kernels['threads']} threads; {values['precision']} on {values['device']}"
+    )
+    print_line(console, "", f"kernels: {kernels['what']}: {kernels['why']}")
+    rows = [
+        [f"matrix products, fp32, {ceilings['rows']:,} rows", f"{ceilings['fp32_gflops']:,.0f} GFLOP/s"],
+        [f"matrix products, bf16, {ceilings['rows']:,} rows", f"{ceilings['bf16_gflops']:,.0f} GFLOP/s"],
+        ["memory, read and written", f"{ceilings['bandwidth_gb_per_second']:,.1f} GB/s"],
+        [f"training, {step['tokens']:,.0f} tokens a step", f"{step['gflops']:,.0f} GFLOP/s"],
+        [f"of the ceiling in {values['precision']}", f"{100 * step['fraction_of_ceiling']:.0f} %"],
+        ["tokens", f"{step['tokens_per_second']:,.0f} a second"],
+        ["a step", f"{1000 * step['seconds']:,.0f} ms"],
+        ["peak memory", f"{values['peak_memory_bytes'] / 1e9:.2f} GB"],
+    ]
+    print_table(console, ["this machine and this model", "measured"], rows, num_text_columns=1)
+    shares = [[group, f"{100 * share:.1f} %"] for group, share in values["shares"].items()]
+    print_table(console, ["where a step's time goes", "share"], shares, num_text_columns=1)
+
+
 def print_recipes(rows: Sequence[dict[str, str]], console: Console) -> None:
     print_table(console, ["recipe", "kind", "about"], [[row["name"], row["kind"], row["about"]] for row in rows], 3)
 

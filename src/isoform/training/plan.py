@@ -8,17 +8,16 @@ import time
 from typing import Any
 
 import numpy as np
-import torch
 
 from isoform.checkpoints.folders import kept_tensors
 from isoform.config import RunConfig
 from isoform.evaluation.evaluate import Thinned, evaluate
 from isoform.models.accounting import accounts
 from isoform.training import classical
-from isoform.training.feed import Feed
 from isoform.training.loop import planned_rates
 from isoform.training.prepare import Prepared, fits, prepare
-from isoform.training.step import LossModule, accumulate, autocast, set_rates, trained_parameters
+from isoform.training.step import autocast
+from isoform.training.updates import restoring, updates
 
 # The probe: steps that warm the machine up, then steps that are timed until one of the two limits.
 WARM_STEPS = 2
@@ -61,7 +60,7 @@ def _plan_fit(config: RunConfig, precision: str | None) -> dict[str, Any]:
         "device": str(run.device),
         "evaluations": 0,
         "disk_bytes": sizes["total"] * MODEL_BYTES,
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
         "learning_rates": [[0, 0.0]],
         "warnings": [],
         "seconds_per_step": 0.0,
@@ -102,7 +101,7 @@ def plan_run(run: Prepared, *, probe: bool = True) -> dict[str, Any]:
         "device": str(run.device),
         "evaluations": evaluations,
         "disk_bytes": kept * (MODEL_BYTES * folders + CHECKPOINT_BYTES * train.keep_checkpoints) + MODEL_BYTES * frozen,
-        "peak_memory_bytes": _peak_memory_bytes(),
+        "peak_memory_bytes": peak_memory_bytes(),
         "learning_rates": _thinned(rates),
         "warnings": warnings(run, rates),
     }
@@ -144,34 +143,14 @@ def _lost_answers(name: str, report: dict[str, int]) -> list[str]:
 
 
 def _seconds_per_step(run: Prepared) -> float:
-    """Median seconds of a real update, its data included; the weights are put back."""
-    train = run.config.train
-    assert run.batch_plan is not None
-    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    module = LossModule(run.model, run.objective)
-    names = trained_parameters(run.model, run.objective)
-    optimizers = run.optimizer.build(names, train.learning_rate)
-    feed = Feed(
-        run.datasets["train"],
-        run.objective,
-        run.batch_plan,
-        seed=run.config.seed,
-        micro_batch_tokens=train.micro_batch_tokens,
-    )
+    """Median seconds of a real update, its data not included; the weights are put back."""
     seconds: list[float] = []
     began = time.perf_counter()
-    for step in feed.ahead(0, min(run.num_steps, WARM_STEPS + MAX_TIMED_STEPS)):
-        start = time.perf_counter()
-        accumulate(module, step.batches, step.counts, precision=run.precision, device=run.device)
-        torch.nn.utils.clip_grad_norm_(list(names.values()), train.clip_norm or float("inf"))
-        set_rates(optimizers, run.factor(step.step))
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - start)
-        if time.perf_counter() - began > MAX_SECONDS and len(seconds) > WARM_STEPS:
-            break
-    run.model.load_state_dict(before)
+    with restoring(run):
+        for update in updates(run, WARM_STEPS + MAX_TIMED_STEPS):
+            seconds.append(update.seconds)
+            if time.perf_counter() - began > MAX_SECONDS and len(seconds) > WARM_STEPS:
+                break
     timed = seconds[WARM_STEPS:] or seconds
     return float(np.median(timed))
 
@@ -232,7 +211,7 @@ def _seconds_to_score_one(run: Prepared, split: str) -> float:
     return (time.perf_counter() - start) / len(some)
 
 
-def _peak_memory_bytes() -> int:
+def peak_memory_bytes() -> int:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -136,7 +136,7 @@ def _train(
         config,
         start=start,
         precision=precision or earlier.get("precision"),
-        kernels=earlier.get("kernels"),
+        kernels=None if earlier.get("complete") else earlier.get("kernels"),
         device=accelerator.device,
     )
     if accelerator.is_main_process:
