@@ -299,3 +299,15 @@ def test_plain_screens_go_through(monkeypatch, capsys):
     for words in (["recipes"], ["doctor"], ["plan", "tiny.yaml"], ["data", "lines.txt"], ["--version"]):
         code, out, errors = run(monkeypatch, capsys, *words)
         assert code == 0 and out.strip(), (words, errors)
+
+
+def test_bench_prints_ceilings_and_shares_and_writes_nothing(monkeypatch, capsys, folder):
+    code, out, _ = run(monkeypatch, capsys, "bench", "tiny.yaml", "--seconds", "0", "--json")
+    values = json.loads(out)
+    assert code == 0 and sum(values["shares"].values()) == pytest.approx(1)
+    assert not (folder / "runs").exists()
+    monkeypatch.setattr(isoform, "bench", lambda *given, **options: values)
+    code, out, _ = run(monkeypatch, capsys, "bench")
+    assert code == 0
+    for words in ("matrix products, fp32", "GFLOP/s", "where a step's time goes", "kernels:", "optimiser"):
+        assert words in out, words
