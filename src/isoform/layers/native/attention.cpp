@@ -173,20 +173,20 @@ void product(const bf16* a, int64_t a_stride, const uint32_t* b, int64_t b_strid
 
 // ------------------------------------------------------------------------------------------------------ scores of a row
 
-// What a query sees: scores become scale score - slope distance, and what it does not see is left as it is.
-inline void score(float* row, int64_t from, int64_t to, float scale, float slope, int64_t here) {
-    if (slope != 0.0f)
-        for (int64_t j = from; j < to; j++) row[j] = row[j] * scale - slope * std::fabs(float(here - j));
-    else
-        for (int64_t j = from; j < to; j++) row[j] *= scale;
+// What a query sees: scores become scale score - slope distance, and what it does not see is left as it is. Returns the
+// scale that is left to do: without a slope, all of it.
+inline float lean(float* row, int64_t from, int64_t to, float scale, float slope, int64_t here) {
+    if (slope == 0.0f) return scale;
+    for (int64_t j = from; j < to; j++) row[j] = row[j] * scale - slope * std::fabs(float(here - j));
+    return 1.0f;
 }
 
-// Scores become exp(score - shift) where the query sees, 0 elsewhere; returns their sum.
-inline float weigh(float* row, int64_t from, int64_t to, int64_t end, float shift) {
+// Scores become exp(scale score - shift) where the query sees, 0 elsewhere; returns their sum.
+inline float weigh(float* row, int64_t from, int64_t to, int64_t end, float scale, float shift) {
     float sum = 0.0f;
     std::fill(row, row + from, 0.0f);
     for (int64_t j = from; j < to; j++) {
-        row[j] = exponential(row[j] - shift);
+        row[j] = exponential(row[j] * scale - shift);
         sum += row[j];
     }
     std::fill(row + to, row + end, 0.0f);
@@ -257,16 +257,19 @@ void forward(const Call& call, bf16* output, float* log_sums) {
                         }
                         const int64_t token = first_query + i + r, here = i + r + sight.offset() - begin;
                         const int64_t from = sight.from(i + r) - begin, to = sight.to(i + r) - begin;
-                        score(line, from, to, call.scale, slope, here);
-                        const float most = from < to ? largest(line + from, to - from) : 0.0f;
-                        const float sum = weigh(line, from, to, seen, most);
+                        const float scale = lean(line, from, to, call.scale, slope, here);
+                        const float most = from < to ? largest(line + from, to - from) * scale : 0.0f;
+                        const float sum = weigh(line, from, to, seen, scale, most);
                         log_sums[token * call.heads + head] = most + std::log(sum);
                         shares[r] = sum > 0.0f ? 1.0f / sum : 0.0f;
                         if (call.drop.keys) {
                             kept(call.drop, call.drop.keys[token * call.heads + head], keeps.data(), S);
-                            for (int64_t j = 0; j < seen; j++) line[j] *= keeps[size_t(begin + j)];
+                            const float* keep = keeps.data() + begin;
+#pragma omp simd
+                            for (int64_t j = 0; j < seen; j++) store(out + j, line[j] * keep[j]);
+                        } else {
+                            for (int64_t j = 0; j < seen; j++) store(out + j, line[j]);
                         }
-                        for (int64_t j = 0; j < seen; j++) store(out + j, line[j]);
                     }
                     product(weights.data(), seen, values_paired.data() + begin / 2 * k, k, mixed.data(), k, BLOCK, k,
                             seen, false);
@@ -332,10 +335,11 @@ void backward(const Call& call, const bf16* output, const float* log_sums, const
                     product(grads.data() + i * k, k, values_turned.data() + begin, S, dweights.data(), seen, BLOCK,
                             seen, k, false);
                     for (int64_t r = 0; r < BLOCK; r++) {
-                        float *line = scores.data() + r * seen, *dline = dweights.data() + r * seen;
+                        float* line = scores.data() + r * seen;
+                        const float* dline = dweights.data() + r * seen;
                         if (i + r > last) {
                             std::fill(line, line + seen, 0.0f);
-                            std::fill(dline, dline + seen, 0.0f);
+                            std::memset(dscores.data() + r * seen, 0, size_t(seen) * sizeof(bf16));
                             continue;
                         }
                         const int64_t token = first_query + i + r, here = i + r + sight.offset() - begin;
@@ -343,20 +347,21 @@ void backward(const Call& call, const bf16* output, const float* log_sums, const
                         float delta = 0.0f;
                         for (int64_t c = 0; c < width; c++) delta += wide(o[c]) * wide(g[c]);
                         const int64_t from = sight.from(i + r) - begin, to = sight.to(i + r) - begin;
-                        score(line, from, to, call.scale, slope, here);
-                        weigh(line, from, to, seen, log_sums[token * call.heads + head]);
+                        const float scale = lean(line, from, to, call.scale, slope, here);
+                        weigh(line, from, to, seen, scale, log_sums[token * call.heads + head]);
+                        bf16* out = dscores.data() + r * seen;
                         if (call.drop.keys) {
                             kept(call.drop, call.drop.keys[token * call.heads + head], keeps.data(), S);
                             const float* keep = keeps.data() + begin;
+#pragma omp simd
                             for (int64_t j = 0; j < seen; j++) {
-                                dline[j] = line[j] * (dline[j] * keep[j] - delta) * call.scale;
+                                store(out + j, line[j] * (dline[j] * keep[j] - delta) * call.scale);
                                 line[j] *= keep[j];
                             }
                         } else {
-                            for (int64_t j = 0; j < seen; j++) dline[j] = line[j] * (dline[j] - delta) * call.scale;
+#pragma omp simd
+                            for (int64_t j = 0; j < seen; j++) store(out + j, line[j] * (dline[j] - delta) * call.scale);
                         }
-                        bf16* out = dscores.data() + r * seen;
-                        for (int64_t j = 0; j < seen; j++) store(out + j, dline[j]);
                     }
                     for (int64_t r = 0; r < BLOCK; r += 2) {
                         const float *even = scores.data() + r * seen, *odd = even + seen;
