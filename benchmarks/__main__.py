@@ -53,7 +53,7 @@ def main() -> None:
         if work.name in wanted or work.group in wanted:
             measured = measure(work, setting, rounds, lambda line: print(line, flush=True))
             disagreeing += [row for row in measured if not row.agrees]
-            write(options.out, work.name, [line(row, setting) for row in measured])
+            write(options.out, work.name, [line(row) for row in measured])
     for row in disagreeing:
         print(f"{row.work.name}: not the same result as {row.theirs}: {row.told}")
     if disagreeing:
@@ -63,7 +63,7 @@ def main() -> None:
 # ------------------------------------------------------------------------------------------------------------- the page
 
 
-def line(row: Measured, setting: Setting) -> str:
+def line(row: Measured) -> str:
     """One row of the table."""
     ratios = f"{min(row.ratios):.2f} to {max(row.ratios):.2f} ({len(row.ratios)})"
     ours, theirs = (_median(rates) for rates in (row.our_rates, row.their_rates))
