@@ -223,9 +223,7 @@ def test_two_arms_on_the_film_snippets_are_audited_and_compared(tmp_path: Path) 
 def test_only_the_parameters_that_are_named_are_trained(tmp_path):
     path = write_csv(tmp_path / "my.csv", ["text", "label"], rows(60))
     before = prepare(tiny(path))
-    config = tiny(
-        path, train={"parameters": ["classifier*", "blocks.0.feedforward_norm.*"], "max_steps": 3}
-    )
+    config = tiny(path, train={"parameters": ["classifier*", "blocks.0.feedforward_norm.*"], "max_steps": 3})
     result = train(config, tmp_path / "head-alone", quiet=True)
     after = open_model(result.folder).model
     moved = {
