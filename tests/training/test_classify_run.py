@@ -238,3 +238,16 @@ def test_only_the_parameters_that_are_named_are_trained(tmp_path):
     )
     with pytest.raises(ConfigError, match=r"train.parameters: no parameter is called 'clasifier\*'"):
         prepare(tiny(path, train={"parameters": ["clasifier*"]}))
+
+
+def test_recomputed_blocks_end_with_the_same_bits(tmp_path):
+    path = write_csv(tmp_path / "my.csv", ["text", "label"], rows(60))
+    weights = []
+    for recompute in (False, True):
+        config = tiny(path, train={"max_steps": 3, "recompute": recompute})
+        folder = train(config, tmp_path / str(recompute), quiet=True).folder
+        weights.append(open_model(folder).model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    shared = {"family": "bert", "num_layers": 1, "num_heads": 2, "width": 32, "position": {"kind": "t5"}}
+    with pytest.raises(ConfigError, match=r"train.recompute: the blocks of this bert share learned scores"):
+        prepare(tiny(path, model=shared, train={"recompute": True}))

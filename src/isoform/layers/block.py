@@ -16,6 +16,7 @@ from isoform.layers.dropout import Dropout
 from isoform.layers.init import linear
 from isoform.layers.moe import MixtureOfExperts
 from isoform.layers.position import Position
+from isoform.layers.recompute import Recomputable
 from isoform.layers.relative import Relative
 
 
@@ -97,7 +98,7 @@ class SelfAttention(nn.Module):
         return output
 
 
-class Block(nn.Module):
+class Block(Recomputable):
     """Attention and feed-forward with their norms and dropouts, in the order that the head of this file shows.
 
     Shapes: hidden `(n, d)` -> `(n, d)`. Source: Xiong et al. 2020 for both orders. Differs: nothing.

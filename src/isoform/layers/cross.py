@@ -12,6 +12,7 @@ from isoform.layers.block import Stream
 from isoform.layers.cache import CrossCache
 from isoform.layers.dropout import Dropout
 from isoform.layers.init import linear
+from isoform.layers.recompute import Recomputable
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ class CrossAttention(nn.Module):
         return key, value
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(Recomputable):
     """Self-attention, cross-attention and feed-forward, each in a residual arm with the norm first: x + arm(norm(x)).
 
     Shapes: hidden `(n, d)` -> `(n, d)`. Source: Raffel et al. 2020, section 2.1. Differs: nothing.

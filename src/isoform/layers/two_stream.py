@@ -20,6 +20,7 @@ from isoform.layers import blockwise, ragged
 from isoform.layers.dropout import Dropout, mix64
 from isoform.layers.init import linear
 from isoform.layers.position import inverse_frequencies
+from isoform.layers.recompute import Recomputable
 
 BASE = 10_000.0
 # Tells the query stream's dropout from that of the content stream at the same token.
@@ -148,7 +149,7 @@ class TwoStreamAttention(nn.Module):
         return torch.where(other, scores[1][..., None], scores[0][..., None])
 
 
-class TwoStreamBlock(nn.Module):
+class TwoStreamBlock(Recomputable):
     """norm(x + attention), norm(x + feedforward), of both streams.
 
     Shapes: content `(n, d)`, query `(m, d)` or None -> the same. Source: HF `XLNetLayer`. Differs: no dropout inside

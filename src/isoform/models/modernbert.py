@@ -22,6 +22,7 @@ from isoform.layers.dropout import Dropout, name_sites, token_keys
 from isoform.layers.init import embedding, initialize, linear
 from isoform.layers.norm import LayerNorm
 from isoform.layers.position import Rope
+from isoform.layers.recompute import Recomputable
 from isoform.models import encoder, heads, modernbert_forms
 from isoform.models.border import dense_logits
 from isoform.registry import Options, build_options, register
@@ -47,7 +48,7 @@ class GatedInner(nn.Module):
         return output
 
 
-class Layer(nn.Module):
+class Layer(Recomputable):
     """x + dropout(attention(norm(x))), then x + feedforward(norm(x)); the first layer's first norm is left out."""
 
     def __init__(self, config: ModernBert.Config, layer: int) -> None:

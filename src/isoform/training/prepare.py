@@ -5,7 +5,6 @@ Nothing is written to the run folder here; token stores go to the cache. `resolv
 
 from __future__ import annotations
 
-import fnmatch
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -26,10 +25,12 @@ from isoform.data.splits import SplitSources, load_splits
 from isoform.errors import ConfigError
 from isoform.evaluation.evaluate import GENERATED_COLUMNS
 from isoform.layers import choice
+from isoform.layers.recompute import recompute_blocks
 from isoform.models.depth import keep_layers
 from isoform.models.lora import active_adapter, base_fingerprint
+from isoform.models.trainable import train_only
 from isoform.objectives.routing import with_routing
-from isoform.registry import build_options, component, lookup, names, nearest
+from isoform.registry import build_options, component, lookup, names
 from isoform.storage import fingerprint
 from isoform.text.conversations import spoken
 from isoform.text.ngrams import NGrams
@@ -180,7 +181,9 @@ def prepare(
         adapter_class, adapter_options = adapter
         adapter_class(adapter_options).attach(model, seed=config.seed)
     if config.train.parameters is not None and for_training:
-        _train_only(model, config.train.parameters)
+        train_only(model, config.train.parameters)
+    if config.train.recompute and for_training:
+        recompute_blocks(model, family_name)
     batch_plan, num_steps = _batches(config, objective, datasets.get("train")) if for_training else (None, 0)
     if batch_plan is not None:
         schedule_options.warmup(num_steps)
@@ -243,21 +246,6 @@ def fresh_model(
     if "padding_id" in family.Config.model_fields:
         values.setdefault("padding_id", tokenizer.special_ids.get("pad"))
     return family(build_options(family, values, "model"), seed=seed)
-
-
-def _train_only(model: Any, patterns: list[str]) -> None:
-    """Freezes every parameter that no pattern names. Raises: ConfigError for a pattern that names none."""
-    named = dict(model.named_parameters())
-    for pattern in patterns:
-        if not fnmatch.filter(named, pattern):
-            example = ", ".join(list(named)[:2] + list(named)[-2:])
-            raise ConfigError(
-                f"train.parameters: no parameter is called {pattern!r}{nearest(pattern, named)}; names are such as "
-                f"{example}"
-            )
-    for name, parameter in named.items():
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            parameter.requires_grad_(False)
 
 
 def _check_ability(config: RunConfig, objective: Objective, model: Any, family_name: str) -> None:
