@@ -98,11 +98,13 @@ def train(
 
 
 def _precision(config: RunConfig, folder: Path, chosen: str | None) -> str:
-    """What the run computes in: as it was begun, else as its study chose, else what its config asks for."""
+    """What the run computes in: as its study chose, else as it was begun, else what its config asks for.
+
+    Raises: ConfigError where that is fp16 and there is no GPU.
+    """
     path = folder / "manifest.json"
     begun = read_json(path).get("precision") if path.exists() else None
-    device = machine.choose_device()
-    return str(chosen or begun or machine.choose_precision(config.train.precision, device.type))
+    return machine.choose_precision(str(chosen or begun or config.train.precision), machine.choose_device().type)
 
 
 def _accelerator(precision: str = "fp32") -> Accelerator:
