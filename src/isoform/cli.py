@@ -16,7 +16,8 @@ app = typer.Typer(
     help="Trains transformers, and tells you which one is better and whether you can believe it.",
     no_args_is_help=True,
     add_completion=True,
-    rich_markup_mode="rich",
+    # Coloured help would import a Markdown parser, which doubles the time until help is there.
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
 
@@ -95,7 +96,7 @@ def evaluate(
     metric: Annotated[list[str] | None, typer.Option("--metric", help="May be repeated; default: the run's.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Metrics with intervals on a source, or on one of the run's own splits."""
+    """Metrics with intervals on a source, or on a split of the run."""
     _forget_shapes()
     import isoform
     from isoform.studies.listings import print_rows
@@ -203,7 +204,7 @@ def plan(
     attempt: Annotated[bool, typer.Option("--try", help="Also one real step, evaluation, save and reload.")] = False,
     as_json: Json = False,
 ) -> None:
-    """What it will take: parameters, FLOPs, memory, disk, time, learning rates, warnings. Nothing is kept."""
+    """What it will take: size, FLOPs, memory, disk, time. Nothing is kept."""
     import isoform
     from isoform.studies.listings import print_plan
 
@@ -220,7 +221,7 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0, help="How long steps are timed, about.")] = 10.0,
     as_json: Json = False,
 ) -> None:
-    """What this machine can do, what training makes of it, and where the time goes. Nothing is kept."""
+    """What this machine can do, and where a step's time goes."""
     import isoform
     from isoform.studies.listings import print_bench
 
@@ -286,7 +287,7 @@ def export(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a model for another program, and prove that this program makes the same of it."""
+    """Write a model for another program, and compare it there."""
     import isoform
     from isoform.studies.listings import print_export
 
@@ -309,7 +310,7 @@ def doctor(
     path: Annotated[str | None, typer.Argument(help="A model or run folder; nothing: this machine.")] = None,
     as_json: Json = False,
 ) -> None:
-    """What is wrong with this machine, a model or a run, and what to do."""
+    """What is wrong with this machine, a model or a run."""
     import isoform
     from isoform.studies.listings import print_findings
 
