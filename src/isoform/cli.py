@@ -238,7 +238,7 @@ def data(
     tokenizer: Annotated[str, typer.Option(help="char, word, bpe, wordpiece, or a folder with one.")] = "char",
     as_json: Json = False,
 ) -> None:
-    """The passport of a source: sizes, lengths, truncation, duplicates, leaks."""
+    """What is in a source: sizes, lengths, duplicates, leaks."""
     import isoform
     from isoform.data.passport import render
 
