@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from functools import cached_property
 
 import numpy as np
 
@@ -12,19 +11,18 @@ from isoform.contracts import Document, Encoded, Ints, Prompt, Sample, Tokenizer
 from isoform.errors import DataError
 from isoform.objectives.crossentropy import TokenObjective
 from isoform.objectives.fields import place
-from isoform.objectives.turns import at, num_asked, sample_of, speaking, stop_ids, told
+from isoform.objectives.turns import Speaking, at, num_asked, sample_of, speaking, told
 from isoform.registry import Options, register
 from isoform.storage import fingerprint
 from isoform.text.chat import chat_tokens, conversation
 from isoform.text.conversations import conversation_of
-from isoform.text.tokenizers import TextTokenizer
 
 # First and end of each answer, one after the other, in the ids of the conversation.
 ANSWERS = "_answers"
 
 
 @register("objective", "chat")
-class Chat(TokenObjective):
+class Chat(Speaking, TokenObjective):
     """loss = -sum over answer tokens i of log p(s_i | s_1 .. s_i-1), s the conversation as its template writes it.
 
     Every answer is asked, from its first token to the token that closes it; what others say and what the template adds
@@ -58,16 +56,6 @@ class Chat(TokenObjective):
     def __init__(self, config: Config, tokenizer: Tokenizer, max_tokens: int) -> None:
         super().__init__(config, tokenizer, max_tokens)
         self._speaking = speaking(tokenizer, config.template)
-
-    @property
-    def _tokenizer(self) -> TextTokenizer:
-        assert self._speaking is not None, "a draft of an objective reads no text"
-        return self._speaking
-
-    @cached_property
-    def stop(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
-        return stop_ids(self._tokenizer)
 
     def encode(self, document: Document) -> Encoded:
         messages = at(document, lambda: conversation_of(document.fields))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from isoform.contracts import (
 from isoform.errors import ConfigError, DataError
 from isoform.models import heads
 from isoform.models.heads import Classifier, Pooling, Task
-from isoform.objectives.fields import BEGIN, END, cut_to_fit, edge_ids, needed, place, required_text, tokens_of
+from isoform.objectives.fields import Edged, cut_to_fit, needed, place, required_text, tokens_of
 from isoform.registry import Options, nearest, register
 
 # Where the labels of an example, or the bits of its number, are kept among its fields.
@@ -45,7 +44,7 @@ METRICS: dict[Task, tuple[str, ...]] = {
 
 
 @register("objective", "classify")
-class Classify:
+class Classify(Edged):
     """The label of a text: `CLS text END`, or of a pair: `CLS text END second END`.
 
         single-label   loss = -log softmax(z)_y
@@ -152,16 +151,6 @@ class Classify:
         return heads.attach(model, wanted, seed)
 
     # ----------------------------------------------------------------------------------------------- texts to samples
-
-    @cached_property
-    def begin(self) -> tuple[int, ...]:
-        """Ids before the first text: none or one."""
-        return edge_ids(self.tokenizer, BEGIN, self.config.edges, "objective.edges")
-
-    @cached_property
-    def end(self) -> tuple[int, ...]:
-        """Ids after each text: none or one."""
-        return edge_ids(self.tokenizer, END, self.config.edges, "objective.edges")
 
     @property
     def _room(self) -> int:

@@ -39,6 +39,12 @@ def _chunks(model: Model, hidden: Tensor, targets: Tensor) -> Iterator[tuple[Ten
         yield model.logits(some_hidden), some_targets
 
 
+def target_nats(model: Model, hidden: Tensor, asked: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) at each asked place `(m,)`, at least in fp32."""
+    places, padded = rounded_up(asked, targets)
+    return torch.cat([_nats(logits, some) for logits, some in _chunks(model, hidden[places], padded)])[: len(asked)]
+
+
 def _wide(logits: Tensor) -> Tensor:
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -82,10 +88,7 @@ class TokenObjective:
     def loss(self, model: Model, batch: Batch, output: Output) -> dict[str, LossPart]:
         """The weighted sum of -log p(target), in nats."""
         asked, targets, weights = asked_places(batch)
-        places, padded = rounded_up(asked, targets)
-        losses = torch.cat([_nats(logits, some) for logits, some in _chunks(model, output.hidden[places], padded)])[
-            : len(asked)
-        ]
+        losses = target_nats(model, output.hidden, asked, targets)
         return {"loss": LossPart((losses if weights is None else losses * weights).sum())}
 
     def statistics(self, model: Model, batch: Batch, output: Output) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -53,6 +55,23 @@ def edge_ids(tokenizer: Tokenizer, roles: Sequence[str], wanted: bool | None, wh
     if wanted is False or (wanted is None and found not in tokenizer.special_ids):
         return ()
     return (special_id(tokenizer, found, where),)
+
+
+class Edged:
+    """An objective whose option `edges` says whether special tokens stand around what is read."""
+
+    config: Any
+    tokenizer: Tokenizer
+
+    @cached_property
+    def begin(self) -> tuple[int, ...]:
+        """Ids before a text, window or sentence: none or one."""
+        return edge_ids(self.tokenizer, BEGIN, self.config.edges, "objective.edges")
+
+    @cached_property
+    def end(self) -> tuple[int, ...]:
+        """Ids after each: none or one."""
+        return edge_ids(self.tokenizer, END, self.config.edges, "objective.edges")
 
 
 def needed(encoded: Encoded, field: str) -> IntArray:

@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from isoform.contracts import IGNORE, Document, Encoded, IntArray, Ints, Prompt, Sample, Tokenizer
 from isoform.errors import ConfigError
 from isoform.objectives.crossentropy import TokenObjective
-from isoform.objectives.fields import BEGIN, END, edge_ids, required_text, special_id, tokens_of
+from isoform.objectives.fields import Edged, required_text, special_id, tokens_of
 from isoform.registry import Options, register
 from isoform.text.tokenizers import TextTokenizer
 from isoform.text.words import WordStarts
@@ -20,7 +20,7 @@ MIN_TOKENS = 3
 
 
 @register("objective", "masked")
-class Masked(TokenObjective):
+class Masked(Edged, TokenObjective):
     """loss = -sum over chosen places i of log p(s_i | the sequence with its chosen places hidden).
 
     A window of running text is `cls text sep`. Of its n tokens max(1, round(fraction n)) are chosen at random; of these
@@ -68,16 +68,6 @@ class Masked(TokenObjective):
     @cached_property
     def mask(self) -> int:
         return special_id(self.tokenizer, "mask", "text.tokenizer")
-
-    @cached_property
-    def begin(self) -> tuple[int, ...]:
-        """Ids before each window: none or one."""
-        return edge_ids(self.tokenizer, BEGIN, self.config.edges, "objective.edges")
-
-    @cached_property
-    def end(self) -> tuple[int, ...]:
-        """Ids after each window: none or one."""
-        return edge_ids(self.tokenizer, END, self.config.edges, "objective.edges")
 
     @cached_property
     def ordinary(self) -> Ints:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
 
 import numpy as np
 from pydantic import Field
@@ -24,14 +23,14 @@ from isoform.contracts import (
 )
 from isoform.errors import ConfigError
 from isoform.objectives.crossentropy import TokenObjective
-from isoform.objectives.fields import BEGIN, END, edge_ids, required_text, tokens_of
+from isoform.objectives.fields import Edged, required_text, tokens_of
 from isoform.registry import Options, register
 
 MIN_TOKENS = 2
 
 
 @register("objective", "permutation")
-class Permutation(TokenObjective):
+class Permutation(Edged, TokenObjective):
     """loss = -sum over r of log p(s_z(r) | known tokens, s_z(1) .. s_z(r-1)), z a random order of the guessed places.
 
     A window of running text is `cls text sep`. Of its n tokens max(1, round(fraction n)) are guessed, one at least is
@@ -63,16 +62,6 @@ class Permutation(TokenObjective):
         self.window_tokens = max_tokens - (0 if tokenizer is None else len(self.begin) + len(self.end))
         if self.window_tokens < MIN_TOKENS:
             raise ConfigError(f"text.max_tokens: {max_tokens} given, permutation needs room for {MIN_TOKENS} of text")
-
-    @cached_property
-    def begin(self) -> tuple[int, ...]:
-        """Ids before each window: none or one."""
-        return edge_ids(self.tokenizer, BEGIN, self.config.edges, "objective.edges")
-
-    @cached_property
-    def end(self) -> tuple[int, ...]:
-        """Ids after each window: none or one."""
-        return edge_ids(self.tokenizer, END, self.config.edges, "objective.edges")
 
     def encode(self, document: Document) -> Encoded:
         text = required_text(document, "text")

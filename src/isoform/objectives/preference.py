@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,6 @@ from torch import Tensor
 from torch.nn import functional
 
 from isoform.contracts import (
-    IGNORE,
     Batch,
     Document,
     Encoded,
@@ -29,21 +27,20 @@ from isoform.contracts import (
 )
 from isoform.errors import DataError
 from isoform.layers import ragged
-from isoform.objectives.crossentropy import asked_places, logit_chunks, rounded_up
+from isoform.objectives.crossentropy import asked_places, target_nats
 from isoform.objectives.fields import place
 from isoform.objectives.reference import Reference
-from isoform.objectives.turns import at, num_asked, sample_of, speaking, stop_ids, told
+from isoform.objectives.turns import Speaking, at, num_asked, sample_of, speaking, told
 from isoform.registry import Options, register
 from isoform.storage import fingerprint
 from isoform.text.chat import chat_tokens, conversation
 from isoform.text.conversations import Messages, conversation_of, rivals_of
-from isoform.text.tokenizers import TextTokenizer
 
 SIDES = ("chosen", "rejected")
 
 
 @register("objective", "preference")
-class Preference:
+class Preference(Speaking):
     """A pair of answers c, r to one prompt x, of which c was preferred.
 
         loss = -(1 - s) log sigmoid(m) - s log sigmoid(-m)
@@ -100,16 +97,6 @@ class Preference:
         return model
 
     # ------------------------------------------------------------------------------------------------ pairs to samples
-
-    @property
-    def _tokenizer(self) -> TextTokenizer:
-        assert self._speaking is not None, "a draft of an objective reads no text"
-        return self._speaking
-
-    @cached_property
-    def stop(self) -> tuple[int, ...]:
-        """Ids that end an answer."""
-        return stop_ids(self._tokenizer)
 
     def encode(self, document: Document) -> Encoded:
         if not set(SIDES) <= set(document.fields):
@@ -228,12 +215,7 @@ class Preference:
 def log_probabilities(model: Model, batch: Batch, output: Output) -> Tensor:
     """log p of all targets of each sequence, `(b,)`: sum over its asked places of log p(target)."""
     asked, targets, _ = asked_places(batch)
-    places, padded = rounded_up(asked, targets)
-    nats = [
-        functional.cross_entropy(logits, some, reduction="none", ignore_index=IGNORE)
-        for logits, some in logit_chunks(model, output.hidden[places], padded)
-    ]
-    found = torch.cat(nats)[: len(asked)]
+    found = target_nats(model, output.hidden, asked, targets)
     rows = ragged.rows(batch.sequences, found.device)[asked]
     return -found.new_zeros(len(batch.sequences)).index_add(0, rows, found)
 

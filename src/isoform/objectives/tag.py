@@ -33,7 +33,7 @@ from isoform.errors import ConfigError, DataError
 from isoform.layers import ragged
 from isoform.models import heads
 from isoform.models.heads import Classifier
-from isoform.objectives.fields import BEGIN, END, edge_ids, needed, place, required_text, tokens_of
+from isoform.objectives.fields import Edged, needed, place, required_text, tokens_of
 from isoform.registry import Options, nearest, register
 from isoform.text.tokenizers import TextTokenizer
 
@@ -48,7 +48,7 @@ Span = tuple[int, int, str]
 
 
 @register("objective", "tag")
-class Tag:
+class Tag(Edged):
     """A tag for each word: `CLS` word word ... `END`, in which a word's first token answers for it.
 
         loss = sum over words of  -log softmax(z)_y
@@ -135,16 +135,6 @@ class Tag:
         return heads.attach(model, wanted.model_copy(update={"dropout": dropout}), seed)
 
     # ------------------------------------------------------------------------------------------- sentences to samples
-
-    @cached_property
-    def begin(self) -> tuple[int, ...]:
-        """Ids before a sentence: none or one."""
-        return edge_ids(self.tokenizer, BEGIN, self.config.edges, "objective.edges")
-
-    @cached_property
-    def end(self) -> tuple[int, ...]:
-        """Ids after a sentence: none or one."""
-        return edge_ids(self.tokenizer, END, self.config.edges, "objective.edges")
 
     @property
     def _room(self) -> int:

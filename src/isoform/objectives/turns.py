@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
@@ -37,10 +38,22 @@ def speaking(tokenizer: Tokenizer | None, template: str | None) -> TextTokenizer
     return tokenizer
 
 
-def stop_ids(tokenizer: TextTokenizer) -> tuple[int, ...]:
-    """Ids that end an answer: the token that closes one, and the end of a text."""
-    end = [index for role, index in tokenizer.special_ids.items() if role == "eos"]
-    return tuple(dict.fromkeys([*closing_ids(tokenizer), *end]))
+class Speaking:
+    """An objective whose tokenizer writes conversations."""
+
+    _speaking: TextTokenizer | None
+    # as `speaking` gives it
+
+    @property
+    def _tokenizer(self) -> TextTokenizer:
+        assert self._speaking is not None, "a draft of an objective reads no text"
+        return self._speaking
+
+    @cached_property
+    def stop(self) -> tuple[int, ...]:
+        """Ids that end an answer: the token that closes one, and the end of a text."""
+        end = [index for role, index in self._tokenizer.special_ids.items() if role == "eos"]
+        return tuple(dict.fromkeys([*closing_ids(self._tokenizer), *end]))
 
 
 def at(document: Document, read: Callable[[], T]) -> T:
