@@ -19,12 +19,14 @@ from isoform.errors import ConfigError
 from isoform.layers.block import SelfAttention, Stream
 from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout, name_sites, token_keys
+from isoform.layers.feedforward import Geglu
 from isoform.layers.init import embedding, initialize, linear
 from isoform.layers.norm import LayerNorm
 from isoform.layers.position import Rope
 from isoform.layers.recompute import Recomputable
 from isoform.models import encoder, heads, modernbert_forms
 from isoform.models.border import dense_logits
+from isoform.models.fixed import refuse_swaps
 from isoform.registry import Options, build_options, register
 
 Rate = Field(0.0, ge=0, lt=1)
@@ -44,7 +46,7 @@ class GatedInner(nn.Module):
 
     def forward(self, hidden: Tensor, dropout_keys: Tensor | None) -> Tensor:
         gate, up = self.inner(hidden).chunk(2, dim=-1)  # (n, 2 f) -> 2 x (n, f)
-        output: Tensor = self.down(self.dropout(F.gelu(gate) * up, dropout_keys))
+        output: Tensor = self.down(self.dropout(Geglu.gated_by(gate, up), dropout_keys))
         return output
 
 
@@ -126,12 +128,12 @@ class ModernBert(nn.Module):
         @classmethod
         def _fixed(cls, values: Any) -> Any:
             """Raises: ConfigError naming a part that other families swap and this one does not, and why."""
-            for field in ("position", "norm", "feedforward", "window"):
-                if field in values:
-                    raise ConfigError(
-                        f"model.{field}: ModernBERT is the choice of its parts: RoPE with two bases, LayerNorm without "
-                        "bias, GeGLU, local and global attention by turns; families gpt2, llama and bert swap them"
-                    )
+            refuse_swaps(
+                values,
+                ("position", "norm", "feedforward", "window"),
+                "ModernBERT is the choice of its parts: RoPE with two bases, LayerNorm without "
+                "bias, GeGLU, local and global attention by turns; families gpt2, llama and bert swap them",
+            )
             return values
 
         @property

@@ -26,6 +26,7 @@ from isoform.layers.init import embedding, linear, normal
 from isoform.layers.norm import RMSNorm
 from isoform.layers.position import RelativeBias
 from isoform.models import names, t5_forms
+from isoform.models.fixed import refuse_swaps
 from isoform.registry import Options, build_options, component, register
 
 
@@ -73,12 +74,12 @@ class T5(nn.Module):
         @classmethod
         def _fixed(cls, values: dict[str, Any]) -> dict[str, Any]:
             """Raises: ConfigError naming a part that other families swap and this one does not, and why."""
-            for field in ("position", "norm", "window"):
-                if field in values:
-                    raise ConfigError(
-                        f"model.{field}: T5's stacks share one table of learned scores, RMSNorm and no window; "
-                        "families gpt2, llama and bert swap them"
-                    )
+            refuse_swaps(
+                values,
+                ("position", "norm", "window"),
+                "T5's stacks share one table of learned scores, RMSNorm and no window; "
+                "families gpt2, llama and bert swap them",
+            )
             return values
 
         @property

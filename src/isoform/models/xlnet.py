@@ -24,6 +24,7 @@ from isoform.layers.norm import LayerNorm
 from isoform.layers.two_stream import TwoStreamAttention, TwoStreamBlock, View
 from isoform.models import encoder, heads, xlnet_forms
 from isoform.models.border import dense_logits
+from isoform.models.fixed import refuse_swaps
 from isoform.registry import Options, build_options, component, register
 
 
@@ -69,12 +70,12 @@ class XLNet(nn.Module):
         @classmethod
         def _fixed(cls, values: dict[str, Any]) -> dict[str, Any]:
             """Raises: ConfigError naming a part that is XLNet's own, and why."""
-            for field in ("position", "norm", "window"):
-                if field in values:
-                    raise ConfigError(
-                        f"model.{field}: XLNet's two streams are bound to relative positions, LayerNorm after each arm "
-                        "and no window; family bert swaps them"
-                    )
+            refuse_swaps(
+                values,
+                ("position", "norm", "window"),
+                "XLNet's two streams are bound to relative positions, LayerNorm after each arm "
+                "and no window; family bert swaps them",
+            )
             return values
 
         @property
