@@ -13,9 +13,9 @@ from isoform.layers import fused, kernels
 def fresh(monkeypatch, tmp_path):
     """A process that has not looked for the kernels yet, and an empty cache."""
     monkeypatch.setattr(machine, "cache_folder", lambda: tmp_path)
-    kernels.library.cache_clear()
+    kernels.loaded.cache_clear()
     yield tmp_path
-    kernels.library.cache_clear()
+    kernels.loaded.cache_clear()
 
 
 def test_without_a_compiler_plain_torch_does_the_work(fresh, monkeypatch):
@@ -40,7 +40,7 @@ def test_a_compiler_that_fails_is_asked_once(fresh, monkeypatch):
     monkeypatch.setenv("CXX", "some-compiler")
     monkeypatch.setattr(kernels.subprocess, "run", run)
     assert kernels.library() is None and len(asked) == len(kernels.EXTRAS)
-    kernels.library.cache_clear()
+    kernels.loaded.cache_clear()
     assert kernels.library() is None and len(asked) == len(kernels.EXTRAS)
     assert "no such flag" in next(fresh.rglob("*.failed")).read_text()
 

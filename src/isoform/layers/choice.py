@@ -72,7 +72,7 @@ def held(chosen: Mapping[str, Any]) -> Iterator[None]:
 
 def available() -> str:
     """The best kind of kernels that is here, whether it is used or not."""
-    library = None if os.environ.get("ISOFORM_NATIVE") == "0" else kernels.library()
+    library = kernels.library()
     return PLAIN if library is None else TILES if library.has_tiles else COMPILED
 
 
@@ -92,7 +92,7 @@ def _native(precision: str, device: torch.device) -> tuple[str, float | None, st
     """Kind, speedup, why."""
     if device.type != "cpu":
         return PLAIN, None, f"they are for processors, this runs on {device.type}"
-    library = None if os.environ.get("ISOFORM_NATIVE") == "0" else kernels.library()
+    library = kernels.library()
     if library is None:
         return PLAIN, None, kernels.why_plain()
     if os.environ.get("ISOFORM_NATIVE") == "1":

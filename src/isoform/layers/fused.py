@@ -17,6 +17,8 @@ from isoform.layers import ragged
 from isoform.layers.dropout import DropoutSite, column_hashes, drop_threshold, kept_inverse
 from isoform.layers.kernels import AttentionCall, Drop, Library, serves
 
+# The kernel rounds lengths up to it.
+KERNEL_BLOCK = 32
 # Shorter sequences, such as single tokens in decoding, leave the matrix tiles empty.
 MIN_QUERIES = 8
 # The scores of 32 queries with so many keys fit into a second-level cache; wider heads do not fill up to 32 channels.
@@ -264,7 +266,7 @@ class _AttentionPlan:
         )
         if dropout is not None:
             self.tensors["keys"] = dropout.row_keys(heads).contiguous()
-            self.tensors["columns"] = column_hashes(keys.max_length + 32, torch.device("cpu"))
+            self.tensors["columns"] = _columns(keys)
             self.call.drop = Drop(
                 keys=_address(self.tensors["keys"]),
                 columns=_address(self.tensors["columns"]),
@@ -307,8 +309,16 @@ def _side_by_side(states: Tensor) -> Tensor:
 
 def _bounds(sequences: Sequences) -> Tensor:
     """int64 `(b + 1,)`: where each sequence begins, and the end of the last."""
-    starts = [*ragged.starts(sequences), sequences.num_tokens]
-    return ragged.derived(sequences, "bounds", torch.device("cpu"), lambda: torch.tensor(starts))
+    cpu = torch.device("cpu")
+    return ragged.derived(
+        sequences, "bounds", cpu, lambda: torch.tensor([*ragged.starts(sequences), sequences.num_tokens])
+    )
+
+
+def _columns(keys: Sequences) -> Tensor:
+    """The hashes of the columns of scores, made once for all layers; the kernel rounds the longest sequence up."""
+    cpu = torch.device("cpu")
+    return ragged.derived(keys, "columns", cpu, lambda: column_hashes(keys.max_length + KERNEL_BLOCK, cpu))
 
 
 def _address(tensor: Tensor | None) -> int | None:

@@ -103,11 +103,18 @@ class Library:
         self._library.attention_backward(ctypes.byref(call), *addresses, *(tensor.stride(0) for tensor in into))
 
 
-@cache
 def library() -> Library | None:
     """The kernels, compiled if this is the first use on this processor; None where plain torch must do."""
-    if os.environ.get("ISOFORM_NATIVE") == "0":
-        return None
+    return None if _switched_off() else loaded()
+
+
+def _switched_off() -> bool:
+    return os.environ.get("ISOFORM_NATIVE") == "0"
+
+
+@cache
+def loaded() -> Library | None:
+    """The kernels, whether they are switched off or not; looked for once in a process."""
     path = _built()
     try:
         return None if path is None else Library(path)
@@ -130,7 +137,7 @@ def switched_on() -> bool:
 
 def why_plain() -> str:
     """Why `library` is None."""
-    if os.environ.get("ISOFORM_NATIVE") == "0":
+    if _switched_off():
         return "switched off by ISOFORM_NATIVE=0"
     if _compiler() is None:
         return "no C++ compiler was found"

@@ -45,6 +45,15 @@ struct Sight {
         else if (window >= 0) end = i + offset() + window / 2 + 1;
         return std::clamp<int64_t>(end, 0, s);
     }
+    // The queries of a block from i on: the last one, and the keys [begin, begin + seen) among which all that they see
+    // are, in multiples of the block's size.
+    struct Extent {
+        int64_t last, begin, seen;
+    };
+    Extent block(int64_t i) const {
+        const int64_t last = std::min(i + BLOCK, t) - 1, begin = std::min(from(i) / BLOCK * BLOCK, rounded(s) - BLOCK);
+        return {last, begin, std::max(rounded(to(last)) - begin, BLOCK)};
+    }
 };
 
 // Which weights fall out; see `layers/dropout.py`, `keep_mask`.
@@ -75,15 +84,16 @@ struct Call {
 
 // ------------------------------------------------------------------------------------------------ layouts of matrices
 
-// rows x columns of a strided matrix -> the same with zeros below and to the right.
-void copy_rows(const bf16* in, int64_t stride, int64_t rows, int64_t rows_wanted, int64_t columns,
-               int64_t columns_wanted, bf16* out) {
-    const size_t bytes = size_t(columns) * sizeof(bf16);
+// One head of a sequence's rows, which begin at `first`, with zeros below and to the right up to whole blocks.
+void read_head(const bf16* states, int64_t stride, int64_t first, int64_t head, int64_t rows, int64_t width, bf16* out) {
+    const bf16* in = states + first * stride + head * width;
+    const int64_t columns = rounded(width);
+    const size_t bytes = size_t(width) * sizeof(bf16);
     for (int64_t r = 0; r < rows; r++) {
-        std::memcpy(out + r * columns_wanted, in + r * stride, bytes);
-        std::memset(out + r * columns_wanted + columns, 0, size_t(columns_wanted) * sizeof(bf16) - bytes);
+        std::memcpy(out + r * columns, in + r * stride, bytes);
+        std::memset(out + r * columns + width, 0, size_t(columns) * sizeof(bf16) - bytes);
     }
-    std::memset(out + rows * columns_wanted, 0, size_t((rows_wanted - rows) * columns_wanted) * sizeof(bf16));
+    std::memset(out + rows * columns, 0, size_t((rounded(rows) - rows) * columns) * sizeof(bf16));
 }
 
 // (rows, columns) -> (columns, rows)
@@ -232,20 +242,15 @@ void forward(const Call& call, bf16* output, float* log_sums) {
             mixed.resize(size_t(BLOCK * k));
             keeps.resize(size_t(S));
             const int64_t first_key = call.key_starts[row], first_query = call.query_starts[row];
-            copy_rows(call.key + first_key * call.key_stride + group * width, call.key_stride, sight.s, S, width, k,
-                      keys.data());
-            copy_rows(call.value + first_key * call.value_stride + group * width, call.value_stride, sight.s, S, width, k,
-                      values.data());
+            read_head(call.key, call.key_stride, first_key, group, sight.s, width, keys.data());
+            read_head(call.value, call.value_stride, first_key, group, sight.s, width, values.data());
             pair_columns(keys.data(), S, k, keys_paired.data());
             pair_rows(values.data(), S, k, values_paired.data());
             for (int64_t head = group * per_group; head < (group + 1) * per_group; head++) {
                 const float slope = call.slopes ? call.slopes[head] : 0.0f;
-                copy_rows(call.query + first_query * call.query_stride + head * width, call.query_stride, sight.t, T, width,
-                          k, queries.data());
+                read_head(call.query, call.query_stride, first_query, head, sight.t, width, queries.data());
                 for (int64_t i = 0; i < T; i += BLOCK) {
-                    const int64_t last = std::min(i + BLOCK, sight.t) - 1;
-                    const int64_t begin = std::min(sight.from(i) / BLOCK * BLOCK, S - BLOCK);
-                    const int64_t seen = std::max(rounded(sight.to(last)) - begin, BLOCK);
+                    const auto [last, begin, seen] = sight.block(i);
                     product(queries.data() + i * k, k, keys_paired.data() + begin, S, scores.data(), seen, BLOCK, seen,
                             k, false);
                     for (int64_t r = 0; r < BLOCK; r++) {
@@ -311,25 +316,19 @@ void backward(const Call& call, const bf16* output, const float* log_sums, const
             dkeys.assign(size_t(k * S), 0.0f);  // transposed: (k, S)
             dvalues.assign(size_t(k * S), 0.0f);
             const int64_t first_key = call.key_starts[row], first_query = call.query_starts[row];
-            copy_rows(call.key + first_key * call.key_stride + group * width, call.key_stride, sight.s, S, width, k,
-                      keys.data());
-            copy_rows(call.value + first_key * call.value_stride + group * width, call.value_stride, sight.s, S, width, k,
-                      values.data());
+            read_head(call.key, call.key_stride, first_key, group, sight.s, width, keys.data());
+            read_head(call.value, call.value_stride, first_key, group, sight.s, width, values.data());
             pair_rows(keys.data(), S, k, keys_paired.data());
             pair_columns(keys.data(), S, k, keys_turned.data());
             pair_columns(values.data(), S, k, values_turned.data());
             for (int64_t head = group * per_group; head < (group + 1) * per_group; head++) {
                 const float slope = call.slopes ? call.slopes[head] : 0.0f;
-                copy_rows(call.query + first_query * call.query_stride + head * width, call.query_stride, sight.t, T, width,
-                          k, queries.data());
-                copy_rows(grad + (first_query * call.heads + head) * width, call.heads * width, sight.t, T, width, k,
-                          grads.data());
+                read_head(call.query, call.query_stride, first_query, head, sight.t, width, queries.data());
+                read_head(grad, call.heads * width, first_query, head, sight.t, width, grads.data());
                 transpose(queries.data(), T, k, queries_turned.data());
                 transpose(grads.data(), T, k, grads_turned.data());
                 for (int64_t i = 0; i < T; i += BLOCK) {
-                    const int64_t last = std::min(i + BLOCK, sight.t) - 1;
-                    const int64_t begin = std::min(sight.from(i) / BLOCK * BLOCK, S - BLOCK);
-                    const int64_t seen = std::max(rounded(sight.to(last)) - begin, BLOCK);
+                    const auto [last, begin, seen] = sight.block(i);
                     product(queries.data() + i * k, k, keys_turned.data() + begin, S, scores.data(), seen, BLOCK, seen,
                             k, false);
                     product(grads.data() + i * k, k, values_turned.data() + begin, S, dweights.data(), seen, BLOCK,
