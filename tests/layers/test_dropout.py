@@ -9,7 +9,7 @@ import torch
 from scipy import stats
 
 from isoform.contracts import Batch, Sequences
-from isoform.layers import blockwise, ragged
+from isoform.layers import blockwise, dropout, kernels, ragged
 from isoform.layers.attention import attend
 from isoform.layers.dropout import Dropout, DropoutSite, keep_mask, kept_inverse, mix64, name_sites, token_keys
 
@@ -170,3 +170,48 @@ def test_both_halves_of_a_hash_are_uniform(make_batch: Any) -> None:
         stayed = keep
     for row in counts.numpy():
         assert stats.chisquare(row).pvalue > 1e-4
+
+
+needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler is here to build the kernels")
+
+
+@needs_kernels
+@pytest.mark.parametrize("rate", [0.1, 0.5])
+@pytest.mark.parametrize("width", [1, 7, 384, 1025])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernel_drops_what_the_mask_says(rate: float, width: int, dtype: torch.dtype, make_batch: Any) -> None:
+    """Each bit of the mask, the exact factor, the same in the backward pass, alone and added to something."""
+    keys = keys_of(make_batch, [130, 7, 1])
+    layer = Dropout(rate)
+    layer.site = -(2**62) + 12345
+    keep = keep_mask(mix64(keys ^ layer.site), width, rate)
+    ones = torch.ones(138, width, dtype=dtype, requires_grad=True)
+    output = layer(ones, keys)
+    assert type(output.grad_fn).__name__ == "_DropBackward" and output.dtype == dtype
+    assert torch.equal(output, (keep * kept_inverse(rate)).to(dtype))
+    (grad,) = torch.autograd.grad(output, ones, torch.full_like(output, 2.0))
+    assert torch.equal(grad, (keep * (2 * kept_inverse(rate))).to(dtype))
+    onto = torch.randn(138, width, requires_grad=True)
+    total = layer(ones, keys, onto=onto)
+    assert total.dtype == torch.float32
+    torch.testing.assert_close(total, onto + keep * kept_inverse(rate), rtol=1e-6, atol=1e-6)
+    grads = torch.autograd.grad(total, (ones, onto), torch.ones_like(total))
+    assert torch.equal(grads[0], (keep * kept_inverse(rate)).to(dtype)) and torch.equal(
+        grads[1], torch.ones(138, width)
+    )
+
+
+@needs_kernels
+def test_with_and_without_kernels_the_same_falls_out(make_batch: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, layer = keys_of(make_batch, [60, 33]), Dropout(RATE)
+    hidden, onto = torch.randn(93, 48), torch.randn(93, 48)
+    fast = layer(hidden, keys, onto=onto)
+    monkeypatch.setattr(dropout, "serves", lambda *tensors: None)
+    torch.testing.assert_close(fast, layer(hidden, keys, onto=onto), rtol=1e-6, atol=1e-6)
+    assert torch.equal(layer(hidden, None, onto=onto), onto + hidden)
+
+
+@needs_kernels
+def test_what_is_not_finite_is_seen_although_it_falls_out(make_batch: Any) -> None:
+    keys, hidden = keys_of(make_batch, [20]), torch.full((20, 32), float("inf"))
+    assert not Dropout(0.9)(hidden, keys).isfinite().any()

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from isoform.contracts import IGNORE, Sequences
 from isoform.layers import attention, fused, kernels
-from isoform.layers.dropout import DropoutSite, mix64
+from isoform.layers.dropout import Dropout, DropoutSite, mix64
 from isoform.layers.position import Rope
 from isoform.registry import build_options
 
@@ -78,6 +78,29 @@ def test_gated_activations_are_those_of_torch(name, plain):
     assert (ours.float() - theirs).abs().max() < 0.01 * theirs.abs().max()
     for mine, other in zip(gradients(ours, gate, up), gradients(theirs, *wide), strict=True):
         assert close(mine, other, 4e-3)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("shape", [(1,), (301,), (4, 50)])
+def test_linear_layers_are_those_of_torch_and_sum_their_bias_in_float32(autocast, shape):
+    hidden, weight, bias = leaf(*shape, 24), leaf(40, 24), leaf(40)
+    inputs = (hidden, weight, bias)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, plain = fused.linear(*inputs), F.linear(*inputs)
+    assert type(ours.grad_fn).__name__ == "_BiasedBackward" and torch.equal(ours, plain)
+    mine, theirs = gradients(ours, *inputs), gradients(plain, *inputs)
+    assert all(torch.equal(one, other) for one, other in zip(mine[:2], theirs[:2], strict=True))
+    weights = torch.randn(plain.shape, generator=torch.Generator().manual_seed(9)).to(plain.dtype)
+    assert mine[2].dtype == torch.float32
+    torch.testing.assert_close(mine[2], weights.float().view(-1, 40).sum(0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_linear_layer_whose_bias_is_not_trained_is_left_to_torch():
+    hidden, weight = leaf(8, 24), leaf(40, 24)
+    for bias in (None, torch.ones(40)):
+        assert "_Biased" not in type(fused.linear(hidden, weight, bias).grad_fn).__name__
+    with torch.no_grad():
+        assert fused.linear(hidden, weight, leaf(40)).grad_fn is None
 
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
@@ -191,6 +214,10 @@ def test_queries_keys_and_values_of_one_projection_need_no_copy():
 def everything():
     hidden, weight = leaf(1000, 64), leaf(64)
     results = [*gradients(fused.norm(hidden, weight, weight, 1e-5, centred=True, narrow=False), hidden, weight)]
+    results += gradients(fused.linear(hidden, leaf(50, 64), leaf(50)), hidden)
+    bias = leaf(50)
+    results += gradients(fused.linear(hidden, leaf(50, 64), bias), bias)
+    results.append(Dropout(0.3)(hidden, torch.arange(1000)))
     logits = leaf(1000, 50)
     results += gradients(fused.nats(logits, torch.zeros(1000, dtype=torch.int64)), logits)
     if kernels.library().has_tiles:

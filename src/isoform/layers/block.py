@@ -125,11 +125,13 @@ class Block(Recomputable):
     def forward(self, hidden: Tensor, stream: Stream) -> Tensor:
         keys = stream.dropout_keys
         if self.norm_first:
-            hidden = hidden + self.attention_dropout(self.attention(self.attention_norm(hidden), stream), keys)
-            hidden = hidden + self.feedforward_dropout(self._feed(self.feedforward_norm(hidden), stream), keys)
+            attended = self.attention(self.attention_norm(hidden), stream)
+            hidden = self.attention_dropout(attended, keys, onto=hidden)
+            hidden = self.feedforward_dropout(self._feed(self.feedforward_norm(hidden), stream), keys, onto=hidden)
         else:
-            hidden = self.attention_norm(hidden + self.attention_dropout(self.attention(hidden, stream), keys))
-            hidden = self.feedforward_norm(hidden + self.feedforward_dropout(self._feed(hidden, stream), keys))
+            attended = self.attention(hidden, stream)
+            hidden = self.attention_norm(self.attention_dropout(attended, keys, onto=hidden))
+            hidden = self.feedforward_norm(self.feedforward_dropout(self._feed(hidden, stream), keys, onto=hidden))
         return hidden
 
     def _feed(self, hidden: Tensor, stream: Stream) -> Tensor:

@@ -9,6 +9,8 @@ of a model and is known by its name, so two variants of a model share the masks 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from isoform.chance import key64
 from isoform.contracts import Batch
 from isoform.layers import ragged
+from isoform.layers.kernels import Library, serves
 
 # Constants of splitmix64 (Steele, Lea & Flood 2014) as signed integers.
 _GOLDEN = 0x9E3779B97F4A7C15 - 2**64
@@ -88,7 +91,7 @@ class DropoutSite:
 class Dropout(nn.Module):
     """Zeroes elements with probability `rate` and multiplies the rest by 1 / (1 - rate).
 
-    Shapes: hidden `(n, d)`, keys `(n,)` or None (then nothing happens).
+    Shapes: hidden `(n, d)`, keys `(n,)` or None (then nothing falls out).
     Source: Srivastava et al. 2014. Differs: the mask is keyed, see above; the rate is rounded to 1/65536, and the
     factor is that of the rounded rate.
     """
@@ -98,15 +101,79 @@ class Dropout(nn.Module):
         self.rate = rate
         self.site = 0
 
-    def forward(self, hidden: Tensor, keys: Tensor | None) -> Tensor:
+    def forward(self, hidden: Tensor, keys: Tensor | None, onto: Tensor | None = None) -> Tensor:
+        """onto: of the shape of hidden, to which what stays is added."""
         if keys is None or self.rate == 0:
-            return hidden
+            return hidden if onto is None else onto + hidden
+        fast = _in_one_pass(hidden, onto, keys, self.site, self.rate)
+        if fast is not None:
+            return fast
         keep = keep_mask(mix64(keys ^ self.site), hidden.shape[-1], self.rate)
-        return hidden * (keep * hidden.new_tensor(kept_inverse(self.rate)))
+        kept = hidden * (keep * hidden.new_tensor(kept_inverse(self.rate)))
+        return kept if onto is None else onto + kept
 
     def on_weights(self, keys: Tensor | None) -> DropoutSite | None:
         """The same site as `attend` takes it."""
         return None if keys is None or self.rate == 0 else DropoutSite(keys, self.site, self.rate)
+
+
+# ---------------------------------------------------------------------------------------------------------- the kernel
+
+
+def _in_one_pass(hidden: Tensor, onto: Tensor | None, keys: Tensor, site: int, rate: float) -> Tensor | None:
+    """What `Dropout` makes, by the C++ kernel where it serves; both passes make the mask from the keys again."""
+    library = serves(hidden, onto, keys)
+    dtype = hidden.dtype if onto is None else torch.promote_types(hidden.dtype, onto.dtype)
+    if library is None or hidden.shape[:-1] != keys.shape or not hidden.is_floating_point():
+        return None
+    if onto is not None and (onto.dtype != dtype or onto.shape != hidden.shape):
+        return None
+    output: Tensor = _Drop.apply(hidden, onto, keys, site, rate, dtype, library)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Drop(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        onto: Tensor | None,
+        keys: Tensor,
+        site: int,
+        rate: float,
+        dtype: torch.dtype,
+        library: Library,
+    ) -> Tensor:
+        ctx.save_for_backward(keys)
+        ctx.dtype, ctx.site, ctx.rate, ctx.library = hidden.dtype, site, rate, library
+        return _kept(hidden, onto, keys, site, rate, dtype, library)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (keys,) = ctx.saved_tensors
+        dhidden = _kept(grad, None, keys, ctx.site, ctx.rate, ctx.dtype, ctx.library)
+        return dhidden, grad if ctx.needs_input_grad[1] else None, *(None,) * 5
+
+
+def _kept(
+    hidden: Tensor, onto: Tensor | None, keys: Tensor, site: int, rate: float, dtype: torch.dtype, library: Library
+) -> Tensor:
+    """onto + hidden keep factor, in `dtype`."""
+    hidden, onto = hidden.contiguous(), None if onto is None else onto.contiguous()
+    output = torch.empty(hidden.shape, dtype=dtype)
+    d = hidden.shape[-1]
+    how = (keys.numel(), d, drop_threshold(rate), kept_inverse(rate), torch.get_num_threads())
+    library.call("drop", (hidden.dtype, dtype), hidden, onto, output, keys.contiguous(), site, _hashes_on_cpu(d), *how)
+    return output
+
+
+@lru_cache(maxsize=64)
+def _hashes_on_cpu(columns: int) -> Tensor:
+    return column_hashes(columns, torch.device("cpu"))
+
+
+# --------------------------------------------------------------------------------------------------------------- sites
 
 
 def name_sites(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from isoform.contracts import IGNORE, Sequences
 from isoform.layers import ragged
@@ -115,6 +116,38 @@ class _Gated(torch.autograd.Function):
         given = (grad.contiguous(), gate, up, dgate, dup, *_rows(gate), _threads())
         ctx.library.call(f"{ctx.name}_backward", (gate.dtype,), *given)
         return None, dgate, dup, None
+
+
+# -------------------------------------------------------------------------------------------------------- linear layers
+
+
+def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """hidden weight^T + bias; the gradient of the bias, a sum over rows, is one pass in float32."""
+    library = serves(hidden, bias)
+    if library is None or bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+        return F.linear(hidden, weight, bias)
+    product = F.linear(hidden, weight, bias.detach())
+    if serves(product) is None:  # autocast to something else
+        return F.linear(hidden, weight, bias)
+    output: Tensor = _Biased.apply(product, bias, library)  # type: ignore[no-untyped-call]
+    return output
+
+
+class _Biased(torch.autograd.Function):
+    """What is given, which contains the bias already."""
+
+    @staticmethod
+    def forward(ctx: Any, product: Tensor, bias: Tensor, library: Library) -> Tensor:
+        ctx.dtype, ctx.library = bias.dtype, library
+        return product.view_as(product)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        rows, width = _rows(grad)
+        sums = torch.empty(width)
+        ctx.library.call("column_sums", (grad.dtype,), grad.contiguous(), sums, rows, width, _threads())
+        return grad, sums.to(ctx.dtype), None
 
 
 # ----------------------------------------------------------------------------------------------------- rotary positions

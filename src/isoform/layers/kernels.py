@@ -68,6 +68,8 @@ _ARGUMENTS = {
     "silu_backward": (c_void_p,) * 5 + (c_int64, c_int64, c_int),
     "gelu_backward": (c_void_p,) * 5 + (c_int64, c_int64, c_int),
     "gelu_tanh_backward": (c_void_p,) * 5 + (c_int64, c_int64, c_int),
+    "drop": (c_void_p,) * 4 + (c_int64, c_void_p, c_int64, c_int64, c_int32, c_float, c_int),
+    "column_sums": (c_void_p,) * 2 + (c_int64,) * 2 + (c_int,),
     "rotate": (c_void_p,) * 3 + (c_int64,) * 5 + (c_float, c_int),
     "nats_forward": (c_void_p,) * 4 + (c_int64,) * 3 + (c_int,),
     "nats_backward": (c_void_p,) * 5 + (c_int64,) * 3 + (c_int,),

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 #include "numbers.h"
@@ -145,6 +146,73 @@ void gated_backward(const T* dy, const T* gate, const T* up, T* dgate, T* dup, i
     });
 }
 
+// ------------------------------------------------------------------------------------------------------------ dropout
+
+// splitmix64's finaliser: `mix64` of `dropout.py`.
+inline uint64_t mix64(uint64_t key) {
+    key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9u;
+    key = (key ^ (key >> 27)) * 0x94D049BB133111EBu;
+    return key ^ (key >> 31);
+}
+
+// y = residual + x keep factor, keep being `keep_mask` of `dropout.py`; residual may be absent.
+template <class X, class Y>
+void drop(const X* x, const Y* residual, Y* y, const int64_t* keys, int64_t site, const int32_t* columns, int64_t n,
+          int64_t d, int32_t threshold, float factor, int threads) {
+    constexpr int64_t PAIRS = 256;
+    over_chunks(n, threads, [=](int64_t, int64_t begin, int64_t end) {
+        const float stays = factor;  // of this function: loops that read it from the closure do not become vectors
+        uint32_t bits[PAIRS];
+        int16_t lanes[2 * PAIRS];
+        for (int64_t row = begin; row < end; row++) {
+            const uint64_t key = mix64(uint64_t(keys[row]) ^ uint64_t(site));
+            const uint32_t low = uint32_t(key), high = uint32_t(key >> 32) | 1u;
+            for (int64_t from = 0; from < d; from += 2 * PAIRS) {
+                const int64_t width = std::min(2 * PAIRS, d - from);
+                const int32_t* column = columns + from / 2;
+                for (int64_t pair = 0; pair < (width + 1) / 2; pair++) {
+                    uint32_t mixed = (low ^ uint32_t(column[pair])) * high;
+                    mixed = (mixed ^ (mixed >> 15)) * 0x7FEB352Du;
+                    bits[pair] = mixed ^ (mixed >> 16);
+                }
+                std::memcpy(lanes, bits, sizeof bits);
+                const X* in = x + row * d + from;
+                const Y* other = residual ? residual + row * d + from : nullptr;
+                Y* out = y + row * d + from;
+                // A product and no choice: what is not finite falls out as NaN, as it does in torch.
+                if (other)
+                    for (int64_t i = 0; i < width; i++)
+                        store(out + i, wide(other[i]) + wide(in[i]) * (lanes[i] >= threshold ? stays : 0.0f));
+                else
+                    for (int64_t i = 0; i < width; i++)
+                        store(out + i, wide(in[i]) * (lanes[i] >= threshold ? stays : 0.0f));
+            }
+        }
+    });
+}
+
+// -------------------------------------------------------------------------------------------------------- sums of rows
+
+template <class T>
+void column_sums(const T* x, float* sums, int64_t n, int64_t d, int threads) {
+    const int64_t chunks = (n + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    std::vector<float> partial(size_t(chunks * d), 0.0f);
+    float* parts = partial.data();
+    over_chunks(n, threads, [=](int64_t chunk, int64_t begin, int64_t end) {
+        float* sum = parts + chunk * d;
+        int64_t row = begin;
+        for (; row + 4 <= end; row += 4) {
+            const T *a = x + row * d, *b = a + d, *c = b + d, *e = c + d;
+            for (int64_t i = 0; i < d; i++) sum[i] += (wide(a[i]) + wide(b[i])) + (wide(c[i]) + wide(e[i]));
+        }
+        for (; row < end; row++)
+            for (int64_t i = 0; i < d; i++) sum[i] += wide(x[row * d + i]);
+    });
+    std::fill(sums, sums + d, 0.0f);
+    for (int64_t chunk = 0; chunk < chunks; chunk++)
+        for (int64_t i = 0; i < d; i++) sums[i] += parts[chunk * d + i];
+}
+
 // ---------------------------------------------------------------------------------------------------- rotary positions
 
 // In place: the first `heads` of each token's `stride / width` heads, channels i and i + half turned by the angle.
@@ -238,10 +306,24 @@ GATED(silu, Silu)
 GATED(gelu, Gelu)
 GATED(gelu_tanh, GeluTanh)
 
+#define DROP(NAME, X, Y)                                                                                            \
+    extern "C" void NAME(const X* x, const Y* residual, Y* y, const int64_t* keys, int64_t site,                     \
+                         const int32_t* columns, int64_t n, int64_t d, int32_t threshold, float factor,              \
+                         int threads) {                                                                              \
+        drop(x, residual, y, keys, site, columns, n, d, threshold, factor, threads);                                 \
+    }
+DROP(drop_f32_f32, float, float)
+DROP(drop_f32_bf16, float, bf16)
+DROP(drop_bf16_f32, bf16, float)
+DROP(drop_bf16_bf16, bf16, bf16)
+
 #define BY_TYPE(T, SUFFIX)                                                                                          \
     extern "C" void rotate_##SUFFIX(T* states, const float* cos, const float* sin, int64_t n, int64_t heads,         \
                                     int64_t stride, int64_t width, int64_t half, float sign, int threads) {          \
         rotate(states, cos, sin, n, heads, stride, width, half, sign, threads);                                      \
+    }                                                                                                                \
+    extern "C" void column_sums_##SUFFIX(const T* x, float* sums, int64_t n, int64_t d, int threads) {               \
+        column_sums(x, sums, n, d, threads);                                                                         \
     }                                                                                                                \
     extern "C" void nats_forward_##SUFFIX(const T* logits, const int64_t* targets, float* losses, float* log_sums,   \
                                           int64_t m, int64_t v, int64_t ignore, int threads) {                       \
