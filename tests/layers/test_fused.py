@@ -12,6 +12,7 @@ from isoform.contracts import IGNORE, Sequences
 from isoform.layers import attention, fused, kernels
 from isoform.layers.dropout import Dropout, DropoutSite, mix64
 from isoform.layers.position import Rope
+from isoform.layers.relative import Relative
 from isoform.registry import build_options
 
 pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler is here to build the kernels")
@@ -174,6 +175,29 @@ def test_attention_of_what_follows_a_cache_on_tiles(monkeypatch):
 @tiles
 def test_attention_with_prefixes_on_tiles(monkeypatch):
     check_attention([70, 40], [70, 40], 4, 32, monkeypatch, causal=True, prefixes=(35, 0))
+
+
+@tiles
+@pytest.mark.parametrize(
+    "rule", [{"causal": True}, {"causal": False}, {"causal": True, "slopes": (0.5, 0.2, 0.1, 0.0)}]
+)
+@pytest.mark.parametrize("known", [10, 90])
+def test_learned_scores_by_distance_and_their_gradients_on_tiles(rule, known):
+    lengths, heads = [70, 33, 1], 4
+    states = [leaf(sum(lengths), heads, 32, seed=seed).detach().bfloat16().requires_grad_() for seed in range(3)]
+    values = leaf(heads, 2 * known + 1, seed=5)
+
+    def run(inputs, values):
+        sequences = Sequences(lengths)
+        mixed = attention.attend(*inputs, sequences, sequences, relative=Relative(values), **rule)
+        return mixed, gradients(mixed, *inputs, values)
+
+    ours, found = run(states, values)
+    wide = [tensor.detach().float().requires_grad_() for tensor in states]
+    plain, expected = run(wide, values)  # float32: the kernel does not serve it
+    assert type(ours.grad_fn).__name__ == "_AttentionBackward" != type(plain.grad_fn).__name__
+    assert close(ours, plain, 4e-3)
+    assert all(close(mine, theirs, 6e-3) for mine, theirs in zip(found, expected, strict=True))
 
 
 def check_attention(lengths, key_lengths, groups, width, monkeypatch, *, rate=0.0, prefixes=(), **rule):

@@ -74,21 +74,21 @@ def attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rule = blockwise.Rule(causal, window, slopes, scale, relative is not None)
-    if relative is None:
-        fast = fused.attention(
-            query,
-            key,
-            value,
-            queries,
-            keys,
-            causal=causal,
-            window=window,
-            slopes=slopes,
-            scale=scale,
-            dropout=dropout,
-        )
-        if fast is not None:
-            return fast
+    fast = fused.attention(
+        query,
+        key,
+        value,
+        queries,
+        keys,
+        causal=causal,
+        window=window,
+        slopes=slopes,
+        scale=scale,
+        relative=relative,
+        dropout=dropout,
+    )
+    if fast is not None:
+        return fast
     plan = blockwise.plan(queries, keys, rule, query, key.shape[1])
     biases = None if relative is None else relative.biases(plan)
     return blockwise.attend(query, key, value, plan, rule, dropout, biases)

@@ -16,7 +16,8 @@ from torch.nn import functional as F
 from isoform.contracts import IGNORE, Sequences
 from isoform.layers import ragged
 from isoform.layers.dropout import DropoutSite, column_hashes, drop_threshold, kept_inverse
-from isoform.layers.kernels import AttentionCall, Drop, Library, serves
+from isoform.layers.kernels import AttentionCall, AttentionGradients, Drop, Library, serves
+from isoform.layers.relative import Relative
 
 # The kernel rounds lengths up to it.
 KERNEL_BLOCK = 32
@@ -244,6 +245,7 @@ def attention(
     window: int | None,
     slopes: tuple[float, ...] | None,
     scale: float,
+    relative: Relative | None,
     dropout: DropoutSite | None,
 ) -> Tensor | None:
     """`attend` in bfloat16 on matrix tiles; see attention.cpp. Shapes: as there."""
@@ -259,9 +261,19 @@ def attention(
         or (dropout is not None and causal and queries.lengths != keys.lengths)
     ):
         return None
-    plan = _AttentionPlan(queries, keys, causal, window, slopes, scale, dropout, key.shape[1], query.shape)
-    output: Tensor = _Attention.apply(query, key, value, plan, library)  # type: ignore[no-untyped-call]
+    reach = max(queries.max_length, keys.max_length)
+    lean = None if relative is None else relative.line(reach)
+    if slopes is not None:
+        slanted = _slanted(slopes, reach)
+        lean = slanted if lean is None else lean + slanted
+    plan = _AttentionPlan(queries, keys, causal, window, scale, dropout, key.shape[1], query.shape)
+    output: Tensor = _Attention.apply(query, key, value, lean, plan, library)  # type: ignore[no-untyped-call]
     return output
+
+
+def _slanted(slopes: tuple[float, ...], reach: int) -> Tensor:
+    """float32 `(h, 2 reach + 1)`: -slope |i - j| in the column reach + j - i."""
+    return -torch.tensor(slopes)[:, None] * torch.arange(-reach, reach + 1).abs()
 
 
 class _AttentionPlan:
@@ -273,7 +285,6 @@ class _AttentionPlan:
         keys: Sequences,
         causal: bool,
         window: int | None,
-        slopes: tuple[float, ...] | None,
         scale: float,
         dropout: DropoutSite | None,
         groups: int,
@@ -284,7 +295,6 @@ class _AttentionPlan:
             "query_starts": _bounds(queries),
             "key_starts": _bounds(keys),
             "prefixes": torch.tensor(queries.prefixes) if queries.prefixes else None,
-            "slopes": None if slopes is None else torch.tensor(slopes, dtype=torch.float32),
         }
         self.call = AttentionCall(
             num_sequences=len(queries),
@@ -307,32 +317,54 @@ class _AttentionPlan:
                 factor=kept_inverse(dropout.rate),
             )
 
-    def reading(self, states: Sequence[Tensor]) -> AttentionCall:
-        """The call on query, key and value, heads standing side by side."""
-        for name, tensor in zip(("query", "key", "value"), states, strict=True):
-            setattr(self.call, name, tensor.data_ptr())
-            setattr(self.call, f"{name}_stride", tensor.stride(0))
+    def reading(self, states: Sequence[Tensor], lean: Tensor | None) -> AttentionCall:
+        """The call on query, key and value, heads standing side by side, and on what is added to their scores."""
+        _point(self.call, states)
+        self.call.lean, self.call.reach = _address(lean), 0 if lean is None else lean.shape[1] // 2
         return self.call
+
+
+def _point(structure: AttentionCall | AttentionGradients, states: Sequence[Tensor]) -> None:
+    """Query, key and value, or their gradients, by address and stride."""
+    for name, tensor in zip(("query", "key", "value"), states, strict=True):
+        setattr(structure, name, tensor.data_ptr())
+        setattr(structure, f"{name}_stride", tensor.stride(0))
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: _AttentionPlan, library: Library) -> Tensor:
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lean: Tensor | None,
+        plan: _AttentionPlan,
+        library: Library,
+    ) -> Tensor:
         states = [_side_by_side(tensor) for tensor in (query, key, value)]
+        lean = None if lean is None else lean.contiguous()
         output = query.new_empty(query.shape)
         log_sums = torch.empty(query.shape[:2])
-        library.attention_forward(plan.reading(states), output, log_sums)
-        ctx.save_for_backward(*states, output, log_sums)
+        library.attention_forward(plan.reading(states, lean), output, log_sums)
+        ctx.save_for_backward(*states, output, log_sums, lean)
         ctx.plan, ctx.library = plan, library
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        *states, output, log_sums = ctx.saved_tensors
-        grads = tuple(torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in states)
-        ctx.library.attention_backward(ctx.plan.reading(states), output, log_sums, grad.contiguous(), grads)
-        return *grads, None, None
+        *states, output, log_sums, lean = ctx.saved_tensors
+        plan = ctx.plan
+        grads = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in states]
+        into = AttentionGradients()
+        _point(into, grads)
+        leans = None
+        if ctx.needs_input_grad[3]:
+            leans = torch.zeros(plan.call.num_sequences, *lean.shape)  # one for each sequence: any order, one sum
+            into.lean = leans.data_ptr()
+        ctx.library.attention_backward(plan.reading(states, lean), output, log_sums, grad.contiguous(), into)
+        return *grads, None if leans is None else leans.sum(0), None, None
 
 
 def _side_by_side(states: Tensor) -> Tensor:

@@ -50,12 +50,22 @@ class AttentionCall(Structure):
     _fields_ = [
         *((name, c_void_p) for name in ("query", "key", "value")),
         *((f"{name}_stride", c_int64) for name in ("query", "key", "value")),
-        *((name, c_void_p) for name in ("query_starts", "key_starts", "prefixes", "slopes")),
-        *((name, c_int64) for name in ("num_sequences", "heads", "groups", "width", "window")),
+        *((name, c_void_p) for name in ("query_starts", "key_starts", "prefixes", "lean")),
+        *((name, c_int64) for name in ("reach", "num_sequences", "heads", "groups", "width", "window")),
         ("causal", ctypes.c_bool),
         ("scale", c_float),
         ("drop", Drop),
         ("threads", c_int),
+    ]
+
+
+class AttentionGradients(Structure):
+    """Where the backward pass writes; see `Gradients` in attention.cpp."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("query", "key", "value")),
+        *((f"{name}_stride", c_int64) for name in ("query", "key", "value")),
+        ("lean", c_void_p),
     ]
 
 
@@ -85,7 +95,11 @@ class Library:
         self.has_tiles = bool(self._library.has_tiles())
         if self.has_tiles:
             self._library.attention_forward.argtypes = (POINTER(AttentionCall), c_void_p, c_void_p)
-            self._library.attention_backward.argtypes = (POINTER(AttentionCall), *(c_void_p,) * 6, *(c_int64,) * 3)
+            self._library.attention_backward.argtypes = (
+                POINTER(AttentionCall),
+                *(c_void_p,) * 3,
+                POINTER(AttentionGradients),
+            )
 
     def call(self, name: str, dtypes: tuple[torch.dtype, ...], *values: Tensor | float | int | None) -> None:
         """Calls `name` of these types; tensors are given by their address."""
@@ -99,10 +113,10 @@ class Library:
         self._library.attention_forward(ctypes.byref(call), output.data_ptr(), log_sums.data_ptr())
 
     def attention_backward(
-        self, call: AttentionCall, output: Tensor, log_sums: Tensor, grad: Tensor, into: tuple[Tensor, Tensor, Tensor]
+        self, call: AttentionCall, output: Tensor, log_sums: Tensor, grad: Tensor, into: AttentionGradients
     ) -> None:
-        addresses = [tensor.data_ptr() for tensor in (output, log_sums, grad, *into)]
-        self._library.attention_backward(ctypes.byref(call), *addresses, *(tensor.stride(0) for tensor in into))
+        addresses = [tensor.data_ptr() for tensor in (output, log_sums, grad)]
+        self._library.attention_backward(ctypes.byref(call), *addresses, ctypes.byref(into))
 
 
 def library() -> Library | None:

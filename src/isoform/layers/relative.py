@@ -18,6 +18,7 @@ class Relative:
     def __init__(self, values: Tensor) -> None:
         self.values = values
         self._made: dict[int, tuple[Plan, list[Tensor]]] = {}
+        self._lines: dict[int, Tensor] = {}
 
     def biases(self, plan: Plan) -> list[Tensor]:
         """Of each block, `plan.bias` and the learned scores: `(1 or b, g, h/g t, s)`, once for all layers."""
@@ -29,6 +30,14 @@ class Relative:
             ]
             self._made[id(plan)] = plan, blocks
         return self._made[id(plan)][1]
+
+    def line(self, reach: int) -> Tensor:
+        """float32 `(h, 2 reach + 1)`: the score of key j and query i in the column reach + j - i, for all layers."""
+        if reach not in self._lines:
+            known = self.values.shape[1] // 2
+            distance = torch.arange(reach, -reach - 1, -1, device=self.values.device)
+            self._lines[reach] = self.values[:, distance.clamp(-known, known) + known].float()
+        return self._lines[reach]
 
     def block(self, t: int, s: int) -> Tensor:
         """`(h, t, s)` for t queries and s keys of which the last stand together."""
