@@ -81,6 +81,25 @@ def test_gated_activations_are_those_of_torch(name, plain):
         assert close(mine, other, 4e-3)
 
 
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_activations_alone_are_those_of_torch(approximate, dtype):
+    name = "gelu" if approximate == "none" else "gelu_tanh"
+    spread = torch.cat([torch.linspace(-12, 12, 4091), torch.tensor([-1e4, -300.0, 0.0, 300.0, 1e4])])
+    hidden = spread.to(dtype).requires_grad_()
+    ours = fused.activated(name, hidden)
+    if approximate == "none" and dtype == torch.float32:
+        assert ours is None  # torch's own is as fast
+        return
+    wide = hidden.detach().double().requires_grad_()
+    theirs = F.gelu(wide, approximate=approximate)
+    step = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-20  # half of the last place; some more for float32
+    tail = 2e-5 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(ours.double(), theirs, rtol=step, atol=tail)
+    (mine,), (other,) = (torch.autograd.grad(output.sum(), of) for output, of in ((ours, hidden), (theirs, wide)))
+    torch.testing.assert_close(mine.double(), other, rtol=step, atol=5e-5 if dtype == torch.bfloat16 else 2e-6)
+
+
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("shape", [(1,), (301,), (4, 50)])
 def test_linear_layers_are_those_of_torch_and_sum_their_bias_in_float32(autocast, shape):
@@ -140,7 +159,10 @@ def test_what_is_not_finite_stays_so(bad):
     hidden[3, 5] = bad
     assert not fused.norm(hidden, torch.ones(64), None, 1e-6, centred=False, narrow=False)[3].isfinite().all()
     assert not fused.nats(hidden, torch.zeros(40, dtype=torch.int64))[3].isfinite()
-    assert not fused.gated("silu", hidden.bfloat16(), hidden.bfloat16())[3].isfinite().all()
+    for name in ("silu", "gelu", "gelu_tanh"):
+        assert not fused.gated(name, hidden.bfloat16(), hidden.bfloat16())[3].isfinite().all()
+    for name in ("gelu", "gelu_tanh"):
+        assert not fused.activated(name, hidden.bfloat16())[3].isfinite().all()
 
 
 CASES = {

@@ -82,7 +82,8 @@ class Gelu(Plain):
 
     @staticmethod
     def activation(hidden: Tensor) -> Tensor:
-        return F.gelu(hidden)
+        fast = fused.activated("gelu", hidden)
+        return F.gelu(hidden) if fast is None else fast
 
 
 @register("feedforward", "gelu-tanh")
@@ -91,7 +92,8 @@ class GeluTanh(Plain):
 
     @staticmethod
     def activation(hidden: Tensor) -> Tensor:
-        return F.gelu(hidden, approximate="tanh")
+        fast = fused.activated("gelu_tanh", hidden)
+        return F.gelu(hidden, approximate="tanh") if fast is None else fast
 
 
 @register("feedforward", "relu")

@@ -84,7 +84,7 @@ class _Norm(torch.autograd.Function):
         return dx, dweight, dbias, None, None, None, None
 
 
-# --------------------------------------------------------------------------------------------------- gated activations
+# --------------------------------------------------------------------------------------------------------- activations
 
 
 def gated(name: str, gate: Tensor, up: Tensor) -> Tensor | None:
@@ -99,10 +99,23 @@ def gated(name: str, gate: Tensor, up: Tensor) -> Tensor | None:
     return output
 
 
+# Activations without a gate, and the types in which torch is slower.
+_ALONE = {"gelu": (torch.bfloat16,), "gelu_tanh": (torch.bfloat16, torch.float32)}
+
+
+def activated(name: str, hidden: Tensor) -> Tensor | None:
+    """act(hidden), name being gelu or gelu_tanh."""
+    library = serves(hidden)
+    if library is None or hidden.dtype not in _ALONE[name]:
+        return None
+    output: Tensor = _Gated.apply(name, hidden, None, library)  # type: ignore[no-untyped-call]
+    return output
+
+
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, name: str, gate: Tensor, up: Tensor, library: Library) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
+    def forward(ctx: Any, name: str, gate: Tensor, up: Tensor | None, library: Library) -> Tensor:
+        gate, up = gate.contiguous(), None if up is None else up.contiguous()
         output = torch.empty_like(gate)
         library.call(name, (gate.dtype,), gate, up, output, *_rows(gate), _threads())
         ctx.save_for_backward(gate, up)
@@ -113,7 +126,7 @@ class _Gated(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
-        dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+        dgate, dup = torch.empty_like(gate), None if up is None else torch.empty_like(up)
         given = (grad.contiguous(), gate, up, dgate, dup, *_rows(gate), _threads())
         ctx.library.call(f"{ctx.name}_backward", (gate.dtype,), *given)
         return None, dgate, dup, None
