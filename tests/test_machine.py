@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +114,23 @@ def test_the_device_is_the_fastest_kind_there_is(monkeypatch: pytest.MonkeyPatch
 def test_importing_it_does_not_load_torch() -> None:
     code = "import sys, isoform.machine, isoform.storage; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only GNU's C library can be told")
+def test_a_large_block_that_was_freed_is_there_again_without_the_system() -> None:
+    """Page faults of taking, touching and freeing 64 MB five times over, in a process of its own."""
+    program = """
+import resource, sys
+from isoform import machine
+if sys.argv[1] == "keep":
+    machine.keep_freed_memory()
+for _ in range(5):
+    bytearray(b"x") * 64_000_000
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+"""
+    faults = {}
+    for way in ("keep", "leave"):
+        done = subprocess.run([sys.executable, "-c", program, way], capture_output=True, check=True, text=True)
+        faults[way] = int(done.stdout)
+    pages = 64_000_000 // resource.getpagesize()
+    assert faults["leave"] - faults["keep"] > 3 * pages

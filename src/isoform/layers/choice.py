@@ -45,6 +45,8 @@ def choose(precision: str, device: torch.device, recorded: Mapping[str, Any] | N
 
     Raises: ConfigError where the kernels of that choice are not here.
     """
+    if device.type == "cpu":
+        machine.keep_freed_memory()
     if recorded:
         chosen = _kept(recorded)
     else:
