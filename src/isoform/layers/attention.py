@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isoform.contracts import Sequences
-from isoform.layers import blockwise, fused
+from isoform.layers import blockwise, fused, varlen
 from isoform.layers.dropout import DropoutSite
 from isoform.layers.relative import Relative
 
@@ -74,7 +74,8 @@ def attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rule = blockwise.Rule(causal, window, slopes, scale, relative is not None)
-    fast = fused.attention(
+    fast = varlen.attention if query.device.type == "cuda" else fused.attention
+    done = fast(
         query,
         key,
         value,
@@ -87,8 +88,8 @@ def attend(
         relative=relative,
         dropout=dropout,
     )
-    if fast is not None:
-        return fast
+    if done is not None:
+        return done
     plan = blockwise.plan(queries, keys, rule, query, key.shape[1])
     biases = None if relative is None else relative.biases(plan)
     return blockwise.attend(query, key, value, plan, rule, dropout, biases)
