@@ -10,7 +10,7 @@ This file imports neither torch nor another room, so that a report can be made w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import numpy as np
@@ -148,6 +148,10 @@ class Sequences:
         return len(self.lengths)
 
 
+# The fields of a batch that are tensors.
+_TENSORS = ("tokens", "positions", "sample_keys", "targets", "segments", "labels", "weights", "ranks")
+
+
 @dataclass(slots=True)
 class Batch:
     """All tokens of all sequences end to end; nothing is padded.
@@ -192,27 +196,22 @@ class Batch:
         return tuple(stream for stream in (self, self.source, self.rival) if stream is not None)
 
     def to(self, device: Any) -> Batch:
-        """The same batch with its tensors on `device`."""
+        """The same batch with its tensors on `device`; from pinned memory the host does not wait for the copies."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+    def pinned(self) -> Batch:
+        """The same batch in page-locked memory, from which a GPU copies by itself."""
+        return self._each(lambda tensor: tensor.pin_memory())
 
-        return Batch(
-            tokens=self.tokens.to(device, non_blocking=True),
-            positions=self.positions.to(device, non_blocking=True),
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The same batch with every tensor changed; what was derived from its sequences is derived anew."""
+        tensors: dict[str, Any] = {n: change(value) for n in _TENSORS if (value := getattr(self, n)) is not None}
+        return replace(
+            self,
+            **tensors,
             sequences=Sequences(self.sequences.lengths, self.sequences.prefixes),
-            sample_keys=self.sample_keys.to(device, non_blocking=True),
-            targets=move(self.targets),
-            segments=move(self.segments),
-            labels=move(self.labels),
-            weights=move(self.weights),
-            source=None if self.source is None else self.source.to(device),
-            rival=None if self.rival is None else self.rival.to(device),
-            dropout_key=self.dropout_key,
-            num_filler=self.num_filler,
-            num_bytes=self.num_bytes,
-            sample_ids=self.sample_ids,
-            ranks=move(self.ranks),
+            source=None if self.source is None else self.source._each(change),
+            rival=None if self.rival is None else self.rival._each(change),
         )
 
 

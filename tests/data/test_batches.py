@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from isoform.chance import key64
-from isoform.contracts import IGNORE, Sample
+from isoform.contracts import IGNORE, Batch, Sample
 from isoform.data.batches import collate
 
 
@@ -100,3 +102,32 @@ def test_rivals_stand_in_a_stream_of_their_own_beside_their_samples(filler: int 
     assert moved.rival is not None and moved.rival.tokens.tolist() == batch.rival.tokens.tolist()
     if not batch.num_filler:
         assert batch.longest_tokens == 7
+
+
+def test_batches_go_to_a_gpu_from_pinned_memory_and_without_waiting(monkeypatch):
+    """Neither is here: what is asked of torch is, of every tensor of every stream."""
+    tensor_fields = {field.name for field in dataclasses.fields(Batch) if "Tensor" in str(field.type)}
+    source = Sample("a", np.arange(3, dtype=np.int32), segments=np.zeros(3, dtype=np.int32))
+    sample = Sample(
+        "a",
+        np.arange(4, dtype=np.int32),
+        targets=np.arange(4, dtype=np.int32),
+        segments=np.zeros(4, dtype=np.int32),
+        ranks=np.zeros(4, dtype=np.int32),
+        label=1,
+        weight=0.5,
+        source=source,
+        rival=source,
+    )
+    batch = collate([sample])
+    values = [getattr(stream, name) for stream in batch.streams for name in tensor_fields]
+    there = sorted(id(value) for value in values if value is not None)
+    assert all(getattr(batch, name) is not None for name in tensor_fields)
+    asked = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: asked.append(id(tensor)) or tensor)
+    pinned = batch.pinned()
+    assert sorted(asked) == there and pinned.tokens is batch.tokens
+    moves = []
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **how: moves.append((device, how)) or tensor)
+    pinned.to("cuda")
+    assert moves == [("cuda", {"non_blocking": True})] * len(asked)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from threading import current_thread
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -98,3 +100,15 @@ def test_a_mean_of_means_would_be_seen(make):
     name = "embedding.weight"
     wrong = dict(run.model.named_parameters())[name].grad
     assert float((wrong - whole[name]).abs().max()) > 1e-4 * float(whole[name].abs().max())
+
+
+def test_batches_for_a_gpu_are_pinned_where_they_are_prepared(make, monkeypatch):
+    run = prepare(make())
+    threads = set()
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: threads.add(current_thread().name) or tensor)
+    options = {"seed": 0, "micro_batch_tokens": 40}
+    given = run.datasets["train"], run.objective, run.batch_plan
+    list(Feed(*given, **options).ahead(0, 2))
+    assert not threads
+    assert len(list(Feed(*given, **options, pin=True).ahead(0, 2))) == 2
+    assert threads == {"isoform-feed_0"}

@@ -18,7 +18,9 @@ def derived(sequences: Sequences, name: str, device: torch.device, make: Callabl
     """The tensor called `name`, made on the first call and moved to `device`."""
     key = (name, str(device))
     if key not in sequences.derived:
-        sequences.derived[key] = make().to(device)
+        made = make()
+        made = made.pin_memory() if device.type == "cuda" and made.device.type == "cpu" else made
+        sequences.derived[key] = made.to(device, non_blocking=True)
     tensor: Tensor = sequences.derived[key]
     return tensor
 

@@ -51,7 +51,9 @@ class Feed:
         micro_batch_tokens: int,
         rank: int = 0,
         world: int = 1,
+        pin: bool = False,
     ) -> None:
+        """rank, world: whose share, of how many. pin: whether batches go to a GPU, which copies from pinned memory."""
         self.dataset = dataset
         self.objective = objective
         self.plan = plan
@@ -59,6 +61,7 @@ class Feed:
         self.micro_batch_tokens = micro_batch_tokens
         self.rank = rank
         self.world = world
+        self.pin = pin
 
     def at(self, step: int) -> GlobalStep:
         """This rank's share of global step `step`."""
@@ -81,6 +84,8 @@ class Feed:
                 stream.dropout_key = dropout_key
             for name, count in self.objective.counts(batch).items():
                 counts[name] = counts.get(name, 0.0) + count
+        if self.pin:
+            batches = [batch.pinned() for batch in batches]
         return GlobalStep(step, epoch, batches, counts, tuple(sample.id for sample in samples), int(sizes.sum()))
 
     def ahead(self, start: int, stop: int) -> Iterator[GlobalStep]:

@@ -134,6 +134,7 @@ class Loop:
             micro_batch_tokens=self.micro_batch_tokens,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
+            pin=self.run.device.type == "cuda",
         )
 
     # ------------------------------------------------------------------------------------------------------ one update

@@ -67,6 +67,7 @@ def accumulate(
     after: called after each micro-batch. backward: what is done with its loss, where gradients are scaled.
     """
     totals: dict[str, float] = {}
+    sums: list[tuple[list[str], Tensor]] = []
     for index, batch in enumerate(batches):
         last = index == len(batches) - 1
         with contextlib.nullcontext() if last else no_sync(module):
@@ -81,10 +82,11 @@ def accumulate(
                 start=torch.zeros((), device=device),
             )
             backward(loss)
-        values = torch.stack([part.total.detach().to(loss.dtype) for part in parts.values()]).tolist()
-        for name, value in zip(parts, values, strict=True):
-            totals[name] = totals.get(name, 0.0) + value
+        sums.append((list(parts), torch.stack([part.total.detach().to(loss.dtype) for part in parts.values()])))
         after()
+    for names, values in sums:  # read at the end, for which alone the host waits
+        for name, value in zip(names, values.tolist(), strict=True):
+            totals[name] = totals.get(name, 0.0) + value
     return totals
 
 

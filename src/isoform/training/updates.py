@@ -59,6 +59,7 @@ def updates(run: Prepared, most_steps: int) -> Iterator[Update]:
         run.batch_plan,
         seed=run.config.seed,
         micro_batch_tokens=train.micro_batch_tokens,
+        pin=run.device.type == "cuda",
     )
     asked = time.perf_counter()
     for step in feed.ahead(0, min(run.num_steps, most_steps)):
