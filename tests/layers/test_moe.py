@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from isoform.errors import ConfigError
+from isoform.layers import moe
 from isoform.layers.moe import MixtureOfExperts
 from isoform.registry import component
 
@@ -45,7 +46,12 @@ def plain(layer: MixtureOfExperts, hidden: Tensor) -> Tensor:
 @pytest.mark.parametrize("expert", ACTIVATIONS)
 @pytest.mark.parametrize("softmax", ["after", "before"])
 @pytest.mark.parametrize("active", [1, 2, 5])
-def test_values_and_gradients_are_those_of_the_plain_sum(expert: str, softmax: str, active: int) -> None:
+@pytest.mark.parametrize("row_block", [1, 3])
+def test_values_and_gradients_are_those_of_the_plain_sum(
+    expert: str, softmax: str, active: int, row_block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(moe, "ROW_BLOCK", row_block)
+    monkeypatch.setattr(moe, "MANY_BLOCKS", 0)
     layer = make(experts=5, active=active, softmax=softmax, expert=expert)
     hidden = torch.randn(37, 8, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(37, 8, dtype=torch.float64)
@@ -58,6 +64,16 @@ def test_values_and_gradients_are_those_of_the_plain_sum(expert: str, softmax: s
         strict=True,
     ):
         torch.testing.assert_close(got, expected)
+
+
+def test_experts_have_few_numbers_of_rows_where_tokens_are_many() -> None:
+    choices = torch.randint(0, 4, (8_000,), generator=torch.Generator().manual_seed(0))
+    rows, places, counts = moe.grouped(choices, 4)
+    assert all(count % moe.ROW_BLOCK == 0 for count in counts) and sum(counts) == len(rows)
+    assert torch.equal(rows[places], torch.arange(8_000))
+    expert_of_row = torch.arange(4).repeat_interleave(torch.tensor(counts))
+    assert torch.equal(expert_of_row[places], choices)
+    assert len(moe.grouped(choices[:100], 4)[0]) == 100
 
 
 def test_all_experts_at_once_are_the_dense_sum() -> None:

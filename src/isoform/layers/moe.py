@@ -24,6 +24,10 @@ from isoform.layers.init import linear
 from isoform.registry import Options, lookup, register
 
 
+# An expert's rows are rounded up to it where experts have so many of them on average.
+ROW_BLOCK, MANY_BLOCKS = 128, 4
+
+
 class ExpertLinear(nn.Module):
     """One matrix for each expert, whose values are not drawn yet. Shapes: weight `(e, outputs, inputs)`."""
 
@@ -90,11 +94,9 @@ class MixtureOfExperts(nn.Module):
         chosen, weights = choose(logits, self.config.active, self.config.softmax)
         if torch.compiler.is_exporting():
             return self._every(hidden, torch.zeros_like(logits).scatter(1, chosen, weights)), logits
-        count = torch.bincount(chosen.flatten(), minlength=self.config.experts)
-        order = chosen.flatten().argsort(stable=True)  # (n k,) the choices, by expert
         every = hidden[:, None].expand(-1, self.config.active, -1).flatten(0, 1)  # (n k, d)
-        mixed = self._experts(every.index_select(0, order), count.tolist())
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        rows, place, counts = grouped(chosen.flatten(), self.config.experts)
+        mixed = self._experts(every.index_select(0, rows), counts)
         each = mixed.index_select(0, place).view(*chosen.shape, -1)  # (n, k, d), as the tokens stood
         return (each * weights[..., None].to(each.dtype)).sum(dim=1), logits
 
@@ -111,7 +113,7 @@ class MixtureOfExperts(nn.Module):
             return nn.functional.linear(hidden.to(dtype), self.router.weight.to(dtype))
 
     def _experts(self, hidden: Tensor, counts: list[int]) -> Tensor:
-        """Rows `(n k, d)`, of which the first `counts[0]` are expert 0's and so on -> `(n k, d)`."""
+        """Rows, of which the first `counts[0]` are expert 0's and so on -> as many."""
         matrices = [self.up.weight, self.down.weight]
         if self.expert.gated:
             matrices.append(self.gate.weight)
@@ -128,6 +130,25 @@ class MixtureOfExperts(nn.Module):
         else:
             inner = self.expert.activation(inner)
         return nn.functional.linear(inner, down)
+
+
+def grouped(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Choices by expert: the choice that stands in each row, the row of each choice, and how many rows each expert has.
+
+    Where there are many, an expert's rows are filled up to a multiple of `ROW_BLOCK` with choice 0, which nobody reads
+    there: for every new number of rows the library of matrix products would build its code anew.
+
+    Shapes: experts `(n k,)`, the expert of each choice -> rows `(m,)`, m >= n k, and places `(n k,)`.
+    """
+    count = torch.bincount(experts, minlength=num_experts)
+    block = ROW_BLOCK if len(experts) >= MANY_BLOCKS * ROW_BLOCK * num_experts else 1
+    filled = (count + block - 1) // block * block
+    order = experts.argsort(stable=True)
+    shift = (filled - count).cumsum(0) - (filled - count)  # fillers that stand before each expert's rows
+    standing = torch.arange(len(order), device=order.device) + shift[experts[order]]
+    counts: list[int] = filled.tolist()
+    rows = order.new_zeros(sum(counts)).scatter_(0, standing, order)
+    return rows, torch.empty_like(order).scatter_(0, order, standing), counts
 
 
 def choose(logits: Tensor, active: int, softmax: Literal["after", "before"]) -> tuple[Tensor, Tensor]:
