@@ -23,7 +23,6 @@ from isoform.layers.feedforward import Gated, Plain
 from isoform.layers.init import linear
 from isoform.registry import Options, lookup, register
 
-
 # An expert's rows are rounded up to it where experts have so many of them on average.
 ROW_BLOCK, MANY_BLOCKS = 128, 4
 
