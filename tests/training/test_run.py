@@ -292,27 +292,6 @@ def test_twenty_kills_twenty_bit_equal_endings(make, tmp_path):
         killed_runs(make, folder, num_kills=1, seed=number)
 
 
-def test_two_processes_see_the_same_samples_and_losses(make, tmp_path):
-    """The same global steps on one process and on two; sums are rounded in another order, nothing else."""
-    config = make({"train": {"max_steps": 8, "select": {"metric": "last"}, "evaluate_every_steps": None}})
-    one = train(config, tmp_path / "one", quiet=True)
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {**os.environ, "ISOFORM_CACHE": str(tmp_path / "cache"), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-         str(script), str(tmp_path / "config.yaml"), str(tmp_path / "two")],
-        env=environment, check=True, capture_output=True, timeout=200,
-    )  # fmt: skip
-    first, second = (read_jsonl(folder / "metrics.jsonl") for folder in (one.folder, tmp_path / "two"))
-    assert [row["tokens"] for row in first] == [row["tokens"] for row in second]
-    for a, b in zip(first, second, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["lr"] == b["lr"]
-
-
 def test_trackers_are_written_offline(make, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isoform.checkpoints.shards import spread_like
 from isoform.errors import CheckpointError
 
 # What each optimiser keeps for a parameter, to tell a state of another optimiser before the first step is taken.
@@ -98,4 +99,5 @@ def _place(key: str, value: Any, parameter: Tensor, group: Mapping[str, Any]) ->
         return value
     # AdamW counts its steps on the host unless the kernel itself reads the count.
     on_host = key == "step" and not (group.get("capturable") or group.get("fused"))
-    return value.to("cpu" if on_host else parameter.device, copy=True)
+    placed = value.to("cpu" if on_host else parameter.device, copy=True)
+    return spread_like(placed, parameter) if placed.dim() else placed

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from torch import nn
 
 from isoform.checkpoints.folders import kept_tensors, save_model
 from isoform.checkpoints.randomness import random_streams, restore_random_streams
+from isoform.checkpoints.shards import copy_into, gathered, local_part, whole
 from isoform.checkpoints.state import Loaded, optimizer_state_by_name, restore_optimizer, save_state
 from isoform.contracts import RunState
 from isoform.errors import NonFiniteError, OutOfMemoryError
@@ -32,6 +34,7 @@ from isoform.training.guards import Interrupts
 from isoform.training.logs import RunLog
 from isoform.training.prepare import Prepared
 from isoform.training.progress import Progress
+from isoform.training.sharding import Replica, shard
 from isoform.training.step import LossModule, accumulate, set_rates, trained_parameters
 
 # A folder beside the checkpoints for each way to choose one: the best by the selected metric, and by loss.
@@ -72,7 +75,14 @@ class Loop:
         helper = run.objective.helper
         self.companion: nn.Module | None = None if helper is None else helper.companion
         self.optimizers = run.optimizer.build(self.names, self.train.learning_rate)
-        self.module: nn.Module = accelerator.prepare(LossModule(run.model, run.objective))
+        self.module: nn.Module = LossModule(run.model, run.objective)
+        self.replica: Replica | None = None
+        if accelerator.is_fsdp2:
+            self.replica = Replica(run.model)
+            self.module, self.optimizers = shard(accelerator, self.module, self.optimizers)
+            self.names = trained_parameters(run.model, run.objective)  # others now, under the same names
+        else:
+            self.module = accelerator.prepare(self.module)
         self.micro_batch_tokens = self.train.micro_batch_tokens
         self.state = RunState()
         self.silent = set(self.names)
@@ -83,11 +93,9 @@ class Loop:
 
     def resume(self, found: Loaded) -> None:
         """Goes on from a checkpoint."""
-        with torch.no_grad():
-            for name, tensor in kept_tensors(self.run.model).items():
-                tensor.copy_(found.tensors[name])
+        copy_into(kept_tensors(self.run.model), found.tensors)
         if self.companion is not None:
-            self.companion.load_state_dict(found.companion)
+            copy_into(self.companion.state_dict(), found.companion)
         restore_optimizer(self.optimizers, self.names, found.state.optimizer)
         self.state = found.state
         restore_random_streams(self.state.rng)
@@ -122,6 +130,8 @@ class Loop:
                     self._save()
         if self._saved_step != self.state.step:
             self._save()
+        if self.replica is not None:
+            self.run.model = self.replica.fill(self.run.model)
         return Outcome(self.state, before + time.monotonic() - started, sorted(self.silent))
 
     def _feed(self) -> Feed:
@@ -199,7 +209,7 @@ class Loop:
             for optimizer in self.optimizers:
                 self.accelerator.scaler.unscale_(optimizer)
         limit = self.train.clip_norm if self.train.clip_norm is not None else float("inf")
-        return float(self.accelerator.clip_grad_norm_(list(self.names.values()), limit))
+        return float(whole(self.accelerator.clip_grad_norm_(list(self.names.values()), limit)))
 
     def _clear(self) -> None:
         for optimizer in self.optimizers:
@@ -207,10 +217,15 @@ class Loop:
 
     def _note_silent(self) -> None:
         """Crosses out the parameters that have received a gradient by now."""
-        for name in list(self.silent):
-            gradient = self.names[name].grad
-            if gradient is not None and bool(gradient.any()):
-                self.silent.discard(name)
+        asked = {name: self.names[name].grad for name in sorted(self.silent)}
+        gradients = {name: local_part(gradient) for name, gradient in asked.items() if gradient is not None}
+        if not gradients:
+            return
+        heard = torch.stack([gradient.any() for gradient in gradients.values()]).tolist()
+        found = {name: float(flag) for name, flag in zip(gradients, heard, strict=True)}
+        if self.replica is not None:
+            found = self._reduce(found)
+        self.silent -= {name for name, ranks in found.items() if ranks}
 
     def _reduce(self, values: dict[str, float]) -> dict[str, float]:
         """Sums over ranks, in double precision."""
@@ -264,9 +279,10 @@ class Loop:
             return False
         select = self.train.select
         began = time.monotonic()
-        evaluation = self.evaluate(self.run.model, select.split)
-        asks_train = self.run.config.evaluate.train_examples is not None
-        beside = self.evaluate(self.run.model, "train").rows if asks_train else []
+        with self._whole_model() as model:
+            evaluation = self.evaluate(model, select.split)
+            asks_train = self.run.config.evaluate.train_examples is not None
+            beside = self.evaluate(model, "train").rows if asks_train else []
         self.module.train()
         seconds = time.monotonic() - began
         self.log.evaluation(self.state.step, self.state.tokens, seconds, [*evaluation.rows, *beside])
@@ -301,8 +317,9 @@ class Loop:
         if best is not None and sign * value <= sign * best["value"]:
             return False
         self.state.scalars[folder] = {"step": self.state.step, "metric": metric, "value": value}
-        if self.accelerator.is_main_process:
-            save_model(self.folder / folder, self.run.model, self.run.tokenizer)
+        with self._whole_model() as model:
+            if self.accelerator.is_main_process:
+                save_model(self.folder / folder, model, self.run.tokenizer)
         return True
 
     def _patience_over(self) -> bool:
@@ -327,18 +344,28 @@ class Loop:
         self.state.cursor = {"epoch": epoch, "step_in_epoch": offset}
         self.state.rng = random_streams()
         self.state.optimizer = optimizer_state_by_name(self.optimizers, self.names)
-        if self.accelerator.is_main_process:
-            save_state(
-                self.folder / "checkpoints",
-                self.run.model,
-                self.run.tokenizer,
-                self.state,
-                keep=self.train.keep_checkpoints,
-                companion={} if self.companion is None else self.companion.state_dict(),
-            )
+        if self.replica is not None:
+            self.state.optimizer = gathered(self.state.optimizer, keep=self.accelerator.is_main_process)
+        companion = {} if self.companion is None else self.companion.state_dict()
+        with self._whole_model() as model:
+            beside = {name: whole(tensor) for name, tensor in companion.items()}
+            if self.accelerator.is_main_process:
+                save_state(
+                    self.folder / "checkpoints",
+                    model,
+                    self.run.tokenizer,
+                    self.state,
+                    keep=self.train.keep_checkpoints,
+                    companion=beside,
+                )
         self.accelerator.wait_for_everyone()
         self._saved_at = time.monotonic()
         self._saved_step = self.state.step
+
+
+    def _whole_model(self) -> AbstractContextManager[nn.Module]:
+        """The model as one, for what is not the loop's own; where it is sharded, all ranks have to ask for it."""
+        return nullcontext(self.run.model) if self.replica is None else self.replica.filled(self.run.model)
 
 
 def _lost(parts: dict[str, float]) -> dict[str, float]:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from isoform.checkpoints.shards import spread_like, whole
+
 # Of the quintic a x + b x^3 + c x^5 that draws singular values towards 1; Jordan et al. 2024.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 LEAST_NORM = 1e-7
@@ -48,12 +50,14 @@ class StackedMuon(torch.optim.Muon):
         buffers = [self._buffer(parameter) for parameter in parameters]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         wanted = torch._foreach_lerp(grads, buffers, group["momentum"]) if group["nesterov"] else buffers
+        wanted = [whole(u) for u in wanted]
         flat = torch.stack([u if u.shape[0] <= u.shape[1] else u.T for u in wanted]).to(self.dtype)
         flat = orthogonal(flat, group["ns_steps"])  # (matrices, rows, columns), rows <= columns
         for parameter, update in zip(parameters, flat, strict=True):
             rate = group["lr"] * _adjust(group["adjust_lr_fn"], *parameter.shape)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.add_(update if parameter.shape[0] <= parameter.shape[1] else update.T, alpha=-rate)
+            turned = update if parameter.shape[0] <= parameter.shape[1] else update.T
+            parameter.add_(spread_like(turned, parameter), alpha=-rate)
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]

@@ -36,7 +36,7 @@ from isoform.storage import (
     write_json,
     write_text,
 )
-from isoform.training import classical
+from isoform.training import classical, sharding
 from isoform.training.logs import RunLog, forget_after, open_trackers, track_scores
 from isoform.training.loop import BEST_LOSS, BEST_METRIC, Loop, planned_rates
 from isoform.training.plan import warnings
@@ -110,13 +110,16 @@ def _precision(config: RunConfig, folder: Path, chosen: str | None) -> str:
 def _accelerator(precision: str = "fp32") -> Accelerator:
     """A fresh Accelerator: a study makes many runs in one process, and Accelerate keeps its state globally.
 
-    It scales the gradients of fp16; autocast is the loop's own.
+    It scales the gradients of fp16; autocast is the loop's own. Raises: ConfigError where it is launched in a way that
+    the loop does not know.
     """
     if PartialState._shared_state == {} or PartialState().num_processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
     mixed = "fp16" if precision == "fp16" else "no"
-    return Accelerator(cpu=machine.choose_device().type == "cpu", mixed_precision=mixed)
+    accelerator = Accelerator(cpu=machine.choose_device().type == "cpu", mixed_precision=mixed)
+    sharding.check(accelerator)
+    return accelerator
 
 
 def _train(
@@ -145,8 +148,9 @@ def _train(
         remove_leftovers(folder)
         remove_leftovers(folder / "checkpoints")
         _refuse_foreign(run, folder, earlier, resume)
-        if earlier.get("complete"):
-            return RunResult(folder, read_json(folder / "eval.json"), earlier)
+    if earlier.get("complete"):
+        return RunResult(folder, read_json(folder / "eval.json"), earlier)
+    if accelerator.is_main_process:
         for warning in () if quiet or resume else warnings(run, planned_rates(run)):
             print(f"{config.name}: {warning}", file=sys.stderr)
         write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
@@ -319,6 +323,7 @@ def _manifest(run: Prepared, accelerator: Accelerator, started: str) -> dict[str
         "precision": run.precision,
         "kernels": run.kernels,
         "processes": accelerator.num_processes,
+        "distribution": accelerator.distributed_type.value,
         "fingerprints": {"config": fingerprint(run.resolved), **run.fingerprints},
         "seed": run.config.seed,
         "model": accounts(run.model, context),
