@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 import isoform
-from isoform import chance, machine
+from isoform import chance
 from isoform.cli import main
 from isoform.errors import IsoformWarning
+from isoform.layers import choice
 from isoform.storage import locked
 
 CONFIG = """
@@ -188,12 +189,12 @@ def test_changed_data_is_shown(monkeypatch, capsys):
 
 def test_the_precision_of_a_run_is_chosen_once(monkeypatch, capsys, folder):
     change("tiny.yaml", "precision: fp32", "precision: auto")
-    monkeypatch.setattr(machine, "fast_bf16", lambda: True)
+    monkeypatch.setattr(choice, "fast_bf16", lambda shape: True)
     assert run(monkeypatch, capsys, "train", "tiny.yaml", "--set", "train.max_steps=2", "--out", "run")[0] == 0
     manifest = json.loads((folder / "run" / "manifest.json").read_text())
     assert manifest["precision"] == "bf16"
     (folder / "run" / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
-    monkeypatch.setattr(machine, "fast_bf16", lambda: False)
+    monkeypatch.setattr(choice, "fast_bf16", lambda shape: False)
     words = ("train", "tiny.yaml", "--set", "train.max_steps=2", "--out", "run", "--resume")
     assert run(monkeypatch, capsys, *words)[0] == 0
     again = json.loads((folder / "run" / "manifest.json").read_text())

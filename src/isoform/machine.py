@@ -15,13 +15,15 @@ import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from isoform import storage
 from isoform.errors import ConfigError, DiskError
 
 if TYPE_CHECKING:
     import torch
+
+K = TypeVar("K")
 
 # Packages whose version can change a number or a file, and those that are optional; absent ones are None.
 PACKAGES = (
@@ -117,10 +119,10 @@ def choose_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def choose_precision(asked: str, device: str | torch.device) -> str:
-    """`fp32`, `bf16` or `fp16`: what was asked, or for `auto` bf16 where the device multiplies bf16 matrices faster.
+def choose_precision(asked: str, device: str | torch.device, is_fast: Callable[[], bool] = lambda: fast_bf16()) -> str:
+    """`fp32`, `bf16` or `fp16`: what was asked, or for `auto` bf16 where the device trains faster in it.
 
-    Raises: ConfigError for any other word, and for fp16 without a GPU.
+    is_fast: whether a CPU does. Raises: ConfigError for any other word, and for fp16 without a GPU.
     """
     kind = str(device).partition(":")[0]
     if asked in ("fp32", "bf16") or (asked == "fp16" and kind == "cuda"):
@@ -135,7 +137,7 @@ def choose_precision(asked: str, device: str | torch.device) -> str:
         import torch
 
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if kind == "cpu" and fast_bf16() else "fp32"
+    return "bf16" if kind == "cpu" and is_fast() else "fp32"
 
 
 def fast_bf16() -> bool:
@@ -184,7 +186,7 @@ def training_block(precision: str) -> Callable[[], object]:
     return run
 
 
-def race(ways: Mapping[str, Callable[[], object]], seconds: float, least_rounds: int = 2) -> dict[str, float]:
+def race(ways: Mapping[K, Callable[[], object]], seconds: float, least_rounds: int = 2) -> dict[K, float]:
     """The least seconds that each way took once; they take turns, so that all see the same disturbance."""
     best = dict.fromkeys(ways, float("inf"))
     for way in ways.values():
@@ -202,16 +204,22 @@ def race(ways: Mapping[str, Callable[[], object]], seconds: float, least_rounds:
 def remembered(file: str, key: str, measure: Callable[[], float]) -> float:
     """What was measured under `key`, from a file in the user's cache folder; measured now where it is not there."""
     cache = cache_folder() / file
-    known: dict[str, Any] = {}
-    with contextlib.suppress(OSError, ValueError):
-        stored = storage.read_json(cache)
-        known = stored if isinstance(stored, dict) else {}
-    value = known.get(key)
+    value = _stored(cache).get(key)
     if not isinstance(value, float):
         value = measure()
+        known = _stored(cache)
+        if isinstance(known.get(key), float):  # another process was first: all follow one answer
+            return float(known[key])
         with contextlib.suppress(OSError, DiskError):
             storage.write_json(cache, {**known, key: value})
     return value
+
+
+def _stored(cache: Path) -> dict[str, Any]:
+    with contextlib.suppress(OSError, ValueError):
+        stored = storage.read_json(cache)
+        return stored if isinstance(stored, dict) else {}
+    return {}
 
 
 def keep_freed_memory() -> None:

@@ -16,6 +16,7 @@ from isoform.checkpoints import doctor
 from isoform.checkpoints.doctor import Finding, examine
 from isoform.checkpoints.folders import save_model
 from isoform.checkpoints.state import save_state
+from isoform.layers import choice
 from isoform.layers.feedforward import Gelu
 from isoform.models.bert import Bert
 from isoform.models.llama import Llama
@@ -43,7 +44,7 @@ def only(findings: list[Finding], *levels: str) -> list[str]:
 def plain_machine(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     facts = {**machine.describe(), "threads": 1, "cores": 1, "memory_bytes": 16 * 10**9}
     monkeypatch.setattr(machine, "describe", lambda: facts)
-    monkeypatch.setattr(machine, "fast_bf16", lambda: True)
+    monkeypatch.setattr(choice, "fast_bf16", lambda shape: True)
     monkeypatch.setattr(storage, "free_bytes", lambda path: 100 * 10**9)
     return facts
 

@@ -8,11 +8,15 @@ import os
 import pytest
 import torch
 
-from isoform import machine
+from isoform import machine, registry
 from isoform.errors import ConfigError
 from isoform.layers import choice, fused, kernels
+from isoform.layers.choice import Shape
 
 CPU = torch.device("cpu")
+TINY = Shape(
+    width=16, num_heads=4, num_kv_heads=2, head_width=8, feedforward_width=24, feedforward="swiglu", drops=True
+)
 needs_kernels = pytest.mark.skipif(kernels.library() is None, reason="no C++ compiler here")
 
 
@@ -30,7 +34,7 @@ def own_cache(tmp_path, monkeypatch):
 def speedups(monkeypatch, value: float) -> list[str]:
     """Makes the measurement give `value`; the list that is returned has an entry for each."""
     asked: list[str] = []
-    monkeypatch.setattr(choice, "kernel_speedup", lambda precision: asked.append(precision) or value)
+    monkeypatch.setattr(choice, "kernel_speedup", lambda precision, shape: asked.append(precision) or value)
     return asked
 
 
@@ -64,7 +68,7 @@ def test_the_measurement_is_a_ratio_of_two_ways_that_both_work_and_leaves_the_sw
     monkeypatch.setattr(choice, "KERNEL_SECONDS", 0.0)
     for on in (False, True):
         kernels.switch(on)
-        assert 0.001 < choice.kernel_speedup(precision) < 1000
+        assert 0.001 < choice.kernel_speedup(precision, TINY) < 1000
         assert kernels.switched_on() is on
 
 
@@ -118,3 +122,45 @@ def test_within_a_study_nothing_is_measured(monkeypatch):
 def test_a_gpu_has_no_use_for_them():
     chosen = choice.choose("bf16", torch.device("cuda"))
     assert chosen["native"] == choice.PLAIN and "cuda" in chosen["why"]
+
+
+def test_bf16_is_taken_only_where_every_shape_is_faster_in_it(monkeypatch, own_cache):
+    measured = []
+    speedups = {16: 0.9, 512: 3.0, 64: 1.1}
+    monkeypatch.setattr(choice, "bf16_speedup", lambda shape: measured.append(shape.width) or speedups[shape.width])
+    small, slow, large = Shape(width=16), Shape(width=64), Shape(width=512)
+    assert choice.choose_precision("auto", CPU, [large]) == "bf16"
+    assert choice.choose_precision("auto", CPU, [small]) == choice.choose_precision("auto", CPU, [slow]) == "fp32"
+    assert choice.choose_precision("auto", CPU, [large, small]) == "fp32"
+    assert measured == [512, 16, 64]  # each once
+    assert choice.choose_precision("bf16", CPU, [small]) == "bf16"
+
+
+@needs_kernels
+def test_kernels_have_to_be_faster_at_every_shape(monkeypatch):
+    monkeypatch.setattr(choice, "kernel_speedup", lambda precision, shape: 0.5 if shape.width == 16 else 2.0)
+    assert choice.choose("bf16", CPU, shapes=[Shape(width=512)])["native"] == choice.available()
+    chosen = choice.choose("bf16", CPU, shapes=[Shape(width=512), Shape(width=16)])
+    assert chosen["native"] == choice.PLAIN and chosen["speedup"] == 0.5 and "width 16, bf16" in chosen["why"]
+
+
+def test_precisions_are_measured_on_a_block_that_works(monkeypatch):
+    monkeypatch.setattr(choice, "PRECISION_SECONDS", 0.0)
+    before = kernels.switched_on()
+    assert 0.001 < choice.bf16_speedup(TINY) < 1000
+    assert kernels.switched_on() is before
+
+
+def test_every_family_tells_its_shape_and_wide_ones_are_measured_smaller():
+    for name in registry.names("model"):
+        family = registry.lookup("model", name)
+        if "fits" not in family.capabilities:
+            model = family.tiny()
+            shape = Shape.of(model.config)
+            widths = [layer.out_features for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+            assert shape.width == model.config.width and shape.num_heads * shape.head_width == shape.width
+            assert shape.feedforward_width in widths or 2 * shape.feedforward_width in widths, name
+            assert shape.bounded is shape
+            assert registry.lookup("feedforward", shape.feedforward)
+    wide = Shape(8192, 64, 8, 128, 28_672, "swiglu", "rope").bounded
+    assert wide == Shape(1024, 8, 1, 128, 3584, "swiglu", "rope")

@@ -67,7 +67,7 @@ def examine(path: str | Path | None = None) -> list[Finding]:
 
 def _machine() -> list[Finding]:
     facts, device = machine.describe(), machine.choose_device()
-    precision = machine.choose_precision("auto", device)
+    precision = choice.choose_precision("auto", device)
     chosen = choice.choose(precision, device)
     flags = ", ".join(facts["cpu_flags"]) or "none of those that matter"
     findings = [

@@ -197,6 +197,16 @@ def load_model(
     return _load_whole(folder, dtype, device)
 
 
+def model_config(path: str | Path) -> Any | None:
+    """The family's config of what `load_model` loads from there, without the weights; None of a .gguf file.
+
+    Raises: CheckpointError.
+    """
+    folder = resolve_model(path)
+    place = adapters.find_base(folder) if adapters.is_adapter(folder) else folder
+    return None if place.is_file() else _identify(place, read_object(place / "config.json"))[1]
+
+
 def _load_adapted(
     folder: Path, base: str | Path | None, dtype: torch.dtype | None, device: str | torch.device
 ) -> LoadedModel:

@@ -1,13 +1,16 @@
-"""Kernels and threads that serve this machine best: measured in about a second, once, and kept in the user's cache.
+"""Precision, kernels and threads that serve a model best on this machine: measured on a block of its shape in about a
+second, once, and kept in the user's cache.
 
-A run or a study records its choice and keeps it: with other kernels or threads its numbers would be others.
+A run or a study records its choice and keeps it: with another its numbers would be others.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Sequence as Several
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +21,10 @@ from isoform import machine
 from isoform.contracts import Sequences
 from isoform.errors import ConfigError
 from isoform.layers import fused, kernels
-from isoform.layers.attention import attend
-from isoform.layers.feedforward import Swiglu
-from isoform.layers.norm import RMSNorm
-from isoform.layers.position import inverse_frequencies, rotate_half_split
+from isoform.layers.block import Block, SelfAttention, Stream
+from isoform.layers.dropout import mix64
+from isoform.layers.init import initialize
+from isoform.registry import component
 
 PLAIN, COMPILED, TILES = "plain", "compiled", "tiles"
 KINDS = {
@@ -31,17 +34,78 @@ KINDS = {
 }
 # Half the threads must be so much faster before the other half is left idle.
 WORTHWHILE_RATIO = 1.1
-KERNEL_SECONDS, THREAD_SECONDS = 0.6, 0.4
+# bf16 must be so much faster than fp32 before its lower precision is worth having.
+WORTHWHILE_BF16_RATIO = 1.2
+PRECISION_SECONDS, KERNEL_SECONDS, THREAD_SECONDS = 0.5, 0.4, 0.4
 CACHE = "kernels.json"
-# What the kernels are tried on: 8 sequences of 128 tokens, 4 heads of 64 channels, a vocabulary of 2,048.
-SEQUENCES, TOKENS, HEADS, HEAD_WIDTH, VOCABULARY = 8, 128, 4, 64, 2048
+# Tokens of a sequence, tokens of a narrow and of a wide block, what is wide, and some vocabulary.
+LENGTH, TOKENS, FEW_TOKENS, WIDE, VOCABULARY = 128, 512, 256, 512, 2048
+DROPOUT = 0.1
+# Wider blocks are measured at this width, heads and all in proportion: matrix products rule them all alike.
+WIDEST = 1024
 
 
-def choose(precision: str, device: torch.device, recorded: Mapping[str, Any] | None = None) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What of a model's blocks decides in which precision and by which kernels they are fastest."""
+
+    width: int = 256
+    num_heads: int = 4
+    num_kv_heads: int = 4
+    head_width: int = 64
+    feedforward_width: int = 1024
+    feedforward: str = "gelu"
+    # its kind
+    position: str = "none"
+    # rope, or none: any other costs little
+    drops: bool = False
+    # whether there is dropout
+
+    @classmethod
+    def of(cls, config: Any) -> Shape:
+        """That of a family's config."""
+        resolved = getattr(config, "resolved", None) or config.model_dump
+        whole = resolved() if callable(resolved) else resolved
+        heads, inner = whole["num_heads"], whole.get("feedforward") or {"kind": "geglu"}
+        return cls(
+            width=whole["width"],
+            num_heads=heads,
+            num_kv_heads=whole.get("num_kv_heads") or heads,
+            head_width=whole.get("head_width") or whole["width"] // heads,
+            feedforward_width=whole.get("feedforward_width") or 4 * whole["width"],
+            feedforward=inner.get("expert", inner["kind"]),
+            position="rope" if (whole.get("position") or {}).get("kind") == "rope" else "none",
+            drops=any(rate for name, rate in whole.items() if name.endswith("dropout")),
+        )
+
+    @property
+    def bounded(self) -> Shape:
+        """The same, or at most `WIDEST` wide in the same proportions."""
+        if self.width <= WIDEST:
+            return self
+        part = self.width / WIDEST
+        heads = max(1, round(self.num_heads / part))
+        groups = max(1, round(heads * self.num_kv_heads / self.num_heads))
+        heads = heads // groups * groups
+        inner = round(self.feedforward_width / part)
+        return replace(self, width=WIDEST, num_heads=heads, num_kv_heads=groups, feedforward_width=inner)
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name} {value}" for name, value in asdict(self).items())
+
+
+def choose_precision(asked: str, device: torch.device, shapes: Several[Shape] = ()) -> str:
+    """`machine.choose_precision`; for `auto` on a CPU bf16 where blocks of all these shapes train faster in it."""
+    return machine.choose_precision(asked, device, lambda: all(map(fast_bf16, shapes or (Shape(),))))
+
+
+def choose(
+    precision: str, device: torch.device, recorded: Mapping[str, Any] | None = None, shapes: Several[Shape] = ()
+) -> dict[str, Any]:
     """{native: plain | compiled | tiles, threads, speedup, why}, which this process follows from now on.
 
-    speedup: of what the kernels take over, against plain torch in the same precision; None where it was not measured.
-    recorded: the choice that a run or study was begun with, which is kept.
+    speedup: of a training block of the shape that gains least, against plain torch in the same precision; None where
+    it was not measured. recorded: the choice that a run or study was begun with, which is kept.
 
     Raises: ConfigError where the kernels of that choice are not here.
     """
@@ -50,7 +114,7 @@ def choose(precision: str, device: torch.device, recorded: Mapping[str, Any] | N
     if recorded:
         chosen = _kept(recorded)
     else:
-        kind, speedup, why = _native(precision, device)
+        kind, speedup, why = _native(precision, device, shapes or (Shape(),))
         chosen = {"native": kind, "threads": _threads(precision, device), "speedup": speedup, "why": why}
     kernels.switch(chosen["native"] != PLAIN)
     if "OMP_NUM_THREADS" not in os.environ and chosen["threads"] != torch.get_num_threads():
@@ -90,7 +154,7 @@ def _kept(recorded: Mapping[str, Any]) -> dict[str, Any]:
     return dict(recorded)
 
 
-def _native(precision: str, device: torch.device) -> tuple[str, float | None, str]:
+def _native(precision: str, device: torch.device, shapes: Several[Shape]) -> tuple[str, float | None, str]:
     """Kind, speedup, why."""
     if device.type != "cpu":
         return PLAIN, None, f"they are for processors, this runs on {device.type}"
@@ -99,11 +163,18 @@ def _native(precision: str, device: torch.device) -> tuple[str, float | None, st
         return PLAIN, None, kernels.why_plain()
     if os.environ.get("ISOFORM_NATIVE") == "1":
         return available(), None, "asked for by ISOFORM_NATIVE=1, as a study does of its runs"
-    key = f"{library.key} | {precision} | {torch.get_num_threads()} threads"
-    speedup = machine.remembered(CACHE, key, lambda: kernel_speedup(precision))
+    speedups = {shape: _remembered_speedup(library, precision, shape) for shape in shapes}
+    worst = min(speedups, key=lambda shape: speedups[shape])
+    speedup = speedups[worst]
+    where = f"in a block of width {worst.width}, {precision}"
     if speedup <= 1:
-        return PLAIN, speedup, f"plain torch is faster here: the kernels reach {speedup:.2f} times its speed"
-    return available(), speedup, f"{speedup:.2f} times as fast as plain torch in what they take over, {precision}"
+        return PLAIN, speedup, f"plain torch is faster here: the kernels reach {speedup:.2f} times its speed {where}"
+    return available(), speedup, f"{speedup:.2f} times as fast as plain torch {where}"
+
+
+def _remembered_speedup(library: kernels.Library, precision: str, shape: Shape) -> float:
+    key = f"{library.key} | {precision} | {shape} | {torch.get_num_threads()} threads"
+    return machine.remembered(CACHE, key, lambda: kernel_speedup(precision, shape))
 
 
 def _threads(precision: str, device: torch.device) -> int:
@@ -116,25 +187,53 @@ def _threads(precision: str, device: torch.device) -> int:
     return most // 2 if speedup >= WORTHWHILE_RATIO else most
 
 
-def kernel_speedup(precision: str) -> float:
-    """Time of plain torch over that of the kernels in one forward and backward pass of what they take over.
+def fast_bf16(shape: Shape) -> bool:
+    """Whether such a block trains at least 1.2 times as fast in bf16 as in fp32, each by its better kernels."""
+    library = kernels.library()
+    kinds = _kinds()
+    made_of = "plain torch" if library is None else f"{library.key} {' or '.join(kinds)}"
+    key = f"{machine.cpu_model()} | torch {torch.__version__} | {made_of} | bf16 | {shape}"
+    key += f" | {torch.get_num_threads()} threads"
+    return machine.remembered(CACHE, key, lambda: bf16_speedup(shape)) >= WORTHWHILE_BF16_RATIO
 
-    Matrix products are not among it: they are torch's either way. The fastest of several tries, in turns.
-    """
-    work, before = _work(precision), kernels.switched_on()
 
-    def way(on: bool) -> Callable[[], None]:
+def _kinds() -> list[str]:
+    """What this process may use: one where it is told which."""
+    if kernels.library() is None:
+        return [PLAIN]
+    return [available()] if os.environ.get("ISOFORM_NATIVE") == "1" else [PLAIN, available()]
+
+
+def bf16_speedup(shape: Shape) -> float:
+    """Time of a training block in fp32 over that in bf16, each with the kernels that are better for it."""
+    best = _raced(shape, ("fp32", "bf16"), _kinds(), PRECISION_SECONDS)
+    of = {precision: min(best[precision, kind] for kind in _kinds()) for precision in ("fp32", "bf16")}
+    return of["fp32"] / of["bf16"]
+
+
+def kernel_speedup(precision: str, shape: Shape) -> float:
+    """Time of a training block in plain torch over that with the kernels."""
+    best = _raced(shape, (precision,), (PLAIN, COMPILED), KERNEL_SECONDS)
+    return best[precision, PLAIN] / best[precision, COMPILED]
+
+
+def _raced(shape: Shape, precisions: Several[str], kinds: Several[str], seconds: float) -> dict[tuple[str, str], float]:
+    """(precision, kind) -> least seconds of a forward and backward pass of a block; they take turns."""
+    before = kernels.switched_on()
+
+    def way(work: Callable[[], None], kind: str) -> Callable[[], None]:
         def run() -> None:
-            kernels.switch(on)
+            kernels.switch(kind != PLAIN)
             work()
 
         return run
 
+    works = {precision: _work(precision, shape.bounded) for precision in precisions}
+    ways = {(precision, kind): way(works[precision], kind) for precision in precisions for kind in kinds}
     try:
-        best = machine.race({PLAIN: way(False), COMPILED: way(True)}, KERNEL_SECONDS)
+        return machine.race(ways, seconds)
     finally:
         kernels.switch(before)
-    return best[PLAIN] / best[COMPILED]
 
 
 def half_speedup(precision: str, most: int) -> float:
@@ -155,34 +254,50 @@ def half_speedup(precision: str, most: int) -> float:
     return best["all"] / best["half"]
 
 
-def _work(precision: str) -> Callable[[], None]:
-    """A forward and backward pass of norm, rotary positions, attention, gated activation and cross-entropy."""
+def _work(precision: str, shape: Shape) -> Callable[[], None]:
+    """A forward and backward pass of a block, and of the cross-entropy of some logits."""
     draw = torch.Generator().manual_seed(0)
+    n = FEW_TOKENS if shape.width > WIDE else TOKENS
+    block, position = _block(shape)
+    hidden = torch.randn(n, shape.width, generator=draw).requires_grad_()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    n, width = SEQUENCES * TOKENS, HEADS * HEAD_WIDTH
-
-    def leaf(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.randn(*shape, generator=draw).to(of).requires_grad_()
-
-    sequences = Sequences([TOKENS] * SEQUENCES)
-    norm = RMSNorm(RMSNorm.Config(), width)
-    torch.nn.init.ones_(norm.weight)
-    hidden = leaf(n, width, of=torch.float32)
-    query, key, value = (leaf(n, HEADS, HEAD_WIDTH) for _ in range(3))
-    gate, up, logits = leaf(n, 4 * width), leaf(n, 4 * width), leaf(n, VOCABULARY)
+    logits = torch.randn(n, VOCABULARY, generator=draw).to(dtype).requires_grad_()
     targets = torch.randint(0, VOCABULARY, (n,), generator=draw)
-    angle = (torch.arange(n) % TOKENS)[:, None] * inverse_frequencies(HEAD_WIDTH, 10_000.0, torch.device("cpu"))
-    wave = angle.cos()[:, None].to(dtype), angle.sin()[:, None].to(dtype)  # (n, 1, k/2)
-    leaves = [hidden, query, key, value, gate, up, logits, *norm.parameters()]
+    sequences, positions = Sequences([LENGTH] * (n // LENGTH)), torch.arange(n) % LENGTH
+    keys = mix64(torch.arange(n)) if shape.drops else None
+    leaves = [hidden, logits, *block.parameters()]
 
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            turned, read = rotate_half_split(query, *wave), rotate_half_split(key, *wave)
-            mixed = attend(turned, read, value, sequences, sequences, causal=True)  # (n, h, k)
+            output: Tensor = block(hidden, Stream(positions, sequences, position, keys))
             losses = fused.nats(logits, targets)
             if losses is None:
                 losses = functional.cross_entropy(logits.float(), targets, reduction="none")
-            outputs = [norm(hidden), mixed, Swiglu.gated_by(gate, up), losses]
-        torch.autograd.grad(outputs, leaves, [torch.ones_like(output) for output in outputs])
+        torch.autograd.grad([output, losses], leaves, [torch.ones_like(output), torch.ones_like(losses)])
 
     return run
+
+
+def _block(shape: Shape) -> tuple[Block, Any]:
+    """A block of a decoder, and its position scheme."""
+    width, heads = shape.width, shape.num_heads
+    cls, options = component("feedforward", {"kind": shape.feedforward}, "model.feedforward")
+    scheme, position = component("position", {"kind": shape.position}, "model.position")
+    norm_class, norm = component("norm", {"kind": "layernorm"}, "model.norm")
+    attention = SelfAttention(
+        width,
+        heads,
+        shape.num_kv_heads,
+        layer=0,
+        causal=True,
+        window=None,
+        bias=not cls.gated,
+        dropout=DROPOUT,
+        head_width=shape.head_width,
+    )
+    inner = cls(options, width, shape.feedforward_width, bias=not cls.gated)
+    norms = norm_class(norm, width), norm_class(norm, width)
+    block = Block(attention, inner, *norms, norm_first=True, dropout=DROPOUT)
+    initialize(block, 0, num_layers=None)
+    made = scheme(position, width=width, num_heads=heads, head_width=shape.head_width, max_positions=LENGTH)
+    return block, made

@@ -26,6 +26,7 @@ from isoform.errors import CheckpointError, ConfigError, IsoformWarning
 from isoform.evaluation.evaluate import Evaluation, evaluate
 from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, text_stream
 from isoform.layers import choice
+from isoform.layers.choice import Shape
 from isoform.registry import component
 from isoform.storage import locked, read_json, write_json
 from isoform.text.chat import chat_tokens, closing_ids
@@ -77,8 +78,9 @@ def open_model(path: str | Path, *, precision: str | None = None, max_tokens: in
     objective: Objective = cls(options, loaded.tokenizer, config.text.max_tokens)
     # What was trained in fp16 on a GPU may be used without one.
     asked = "auto" if config.train.precision == "fp16" and device.type != "cuda" else config.train.precision
-    chosen = precision or machine.choose_precision(asked, device.type)
-    choice.choose(chosen, device)
+    shapes = [Shape.of(loaded.config)] if hasattr(loaded.config, "num_heads") else []
+    chosen = precision or choice.choose_precision(asked, device, shapes)
+    choice.choose(chosen, device, shapes=shapes)
 
     def autocast() -> AbstractContextManager[Any]:
         dtype = torch.float16 if chosen == "fp16" else torch.bfloat16

@@ -15,6 +15,7 @@ from isoform.storage import free_bytes
 from isoform.studies import audit
 from isoform.studies.audit_probe import Probes
 from isoform.studies.layout import Layout, StageRun
+from isoform.studies.study import shapes_of
 from isoform.studies.workers import crew, measured, num_jobs
 from isoform.training.paper import plan_on_paper, why_on_paper
 from isoform.training.plan import plan_config
@@ -31,8 +32,9 @@ def forecast(values: dict[str, Any], *, attempt: bool = False) -> dict[str, Any]
         return _total(config.name, [stage], [], attempt=_attempt(config) if attempt else None)
     study = study_config(values)
     wanted = {**study.base.get("train", {})}.get("precision", "auto")
-    precision = machine.choose_precision(wanted, machine.choose_device().type)
-    kernels = choice.choose(precision, machine.choose_device())["native"]
+    device, shapes = machine.choose_device(), shapes_of(study)
+    precision = choice.choose_precision(wanted, device, shapes)
+    kernels = choice.choose(precision, device, shapes=shapes)["native"]
     seeds = list(range(study.seed, study.seed + study.seeds))
     layout = Layout(study, seeds, precision, sources_fingerprint(), kernels)
     jobs = num_jobs(study.jobs, sum(1 for _ in layout.all()))

@@ -20,15 +20,17 @@ from isoform import machine
 from isoform.config import StudyConfig, study_config
 from isoform.errors import AuditError, ConfigError
 from isoform.layers import choice
+from isoform.layers.choice import Shape
 from isoform.registry import lookup
 from isoform.storage import fingerprint, iterate_jsonl, locked, read_json, write_json, write_text
 from isoform.studies import audit
-from isoform.studies.layout import Layout, StageRun, config_differences
+from isoform.studies.layout import ARM, AS_IS, Layout, StageRun, config_differences
 from isoform.studies.outside import read_results
 from isoform.studies.report import write_report
 from isoform.studies.scores import Scores, load_scores
 from isoform.studies.statistics import Comparison, compare, decide, interval_over_seeds
 from isoform.studies.workers import Say, carry_out, num_jobs
+from isoform.training.origins import shape_of
 from isoform.training.run import sources_fingerprint
 
 
@@ -97,13 +99,14 @@ def _record(folder: Path, config: StudyConfig, command: str, say: Say) -> dict[s
         )
     wanted = {**config.base.get("train", {})}.get("precision", "auto")
     device = machine.choose_device()
-    precision = machine.choose_precision(wanted, device.type)
+    shapes = shapes_of(config)
+    precision = choice.choose_precision(wanted, device, shapes)
     record = {
         "format": 1,
         "fingerprint": key,
         "command": command,
         "precision": precision,
-        "kernels": choice.choose(precision, device),
+        "kernels": choice.choose(precision, device, shapes=shapes),
         "machine": machine.describe(),
         "packages": machine.package_versions(),
         "code": {"isoform": isoform.__version__, "sources": sources_fingerprint()},
@@ -113,6 +116,15 @@ def _record(folder: Path, config: StudyConfig, command: str, say: Say) -> dict[s
     write_text(folder / "study.yaml", text)
     write_json(path, record)
     return record
+
+
+def shapes_of(study: StudyConfig) -> list[Shape]:
+    """Those of the models that its arms begin with: precision and kernels have to serve them all."""
+    layout = Layout(study, [study.seed], "", "")
+    trained = [(arm, options.stages) for arm, options in layout.arms() if options.results is None]
+    configs = [layout.config(arm, [*stages, AS_IS][0], study.seed, {}) for arm, stages in trained]
+    known = [config for config in configs if not str(config.model.get("from", "")).startswith(ARM)]
+    return list(dict.fromkeys(shape for config in known for shape in shape_of(config)))
 
 
 def _refuse(rows: list[dict[str, Any]]) -> None:

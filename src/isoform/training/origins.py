@@ -9,13 +9,14 @@ from typing import Any
 import torch
 
 from isoform.checkpoints.adapters import merge
-from isoform.checkpoints.folders import LoadedModel, load_model
+from isoform.checkpoints.folders import LoadedModel, load_model, model_config
 from isoform.checkpoints.sources import is_named
 from isoform.config import RunConfig
 from isoform.contracts import Objective
 from isoform.errors import ConfigError
+from isoform.layers.choice import Shape
 from isoform.models.lora import active_adapter
-from isoform.registry import lookup, names
+from isoform.registry import build_options, lookup, names, recording
 
 
 def model_section(config: RunConfig, start: Path | None) -> tuple[type[Any] | None, dict[str, Any], Path | None]:
@@ -39,6 +40,16 @@ def model_section(config: RunConfig, start: Path | None) -> tuple[type[Any] | No
             "those that are kept; remove one of the two"
         )
     return None, options, _placed(config, str(origin))
+
+
+def shape_of(config: RunConfig, start: Path | None = None) -> list[Shape]:
+    """That of the model's blocks, for which precision and kernels are chosen; none where only its weights tell."""
+    with recording(None):  # no option is in use because of this
+        family, options, folder = model_section(config, start)
+        if family is not None:
+            return [] if "fits" in family.capabilities else [Shape.of(build_options(family, options, "model"))]
+        found = None if folder is None else model_config(folder)
+        return [] if found is None or not hasattr(found, "num_heads") else [Shape.of(found)]
 
 
 def _placed(config: RunConfig, source: str) -> Path:

@@ -17,9 +17,11 @@ from isoform import machine
 from isoform.checkpoints.sources import is_named
 from isoform.config import RunConfig
 from isoform.errors import ConfigError
+from isoform.layers import choice
 from isoform.models.accounting import accounts
 from isoform.registry import component, lookup
 from isoform.text.tokenizers import load_tokenizer
+from isoform.training.origins import shape_of
 from isoform.training.plan import CHECKPOINT_BYTES, MODEL_BYTES
 from isoform.training.prepare import DEFAULT_BATCH_SEQUENCES, Vocabulary, fits, fresh_model
 
@@ -71,7 +73,7 @@ def plan_on_paper(config: RunConfig, reason: str) -> dict[str, Any]:
         "tokens": train.max_steps * batch_tokens,
         "mean_batch_tokens": batch_tokens,
         "model": sizes,
-        "precision": machine.choose_precision(train.precision, device.type),
+        "precision": choice.choose_precision(train.precision, device, shape_of(config)),
         "device": str(device),
         "disk_bytes": sizes["total"] * (MODEL_BYTES * folders + CHECKPOINT_BYTES * train.keep_checkpoints),
         "peak_memory_bytes": TRAINING_BYTES * sizes["total"],

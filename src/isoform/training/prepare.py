@@ -36,7 +36,7 @@ from isoform.text.conversations import spoken
 from isoform.text.ngrams import NGrams
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
 from isoform.training.optimizers import Optimizer
-from isoform.training.origins import model_section, other_models
+from isoform.training.origins import model_section, other_models, shape_of
 from isoform.training.schedules import Schedule
 
 # What a stage falls back to when the config names neither a number of steps nor of epochs, nor a batch size.
@@ -104,9 +104,9 @@ def prepare(
     family, options, start = model_section(config, start)
     layers = options.pop("layers", None) if family is None else None
     device = device or machine.choose_device()
-    precision = precision or machine.choose_precision(config.train.precision, device.type)
-
-    chosen = choice.choose(precision, device, kernels)
+    shapes = [] if precision and kernels else shape_of(config, start)
+    precision = precision or choice.choose_precision(config.train.precision, device, shapes)
+    chosen = choice.choose(precision, device, kernels, shapes)
 
     # Master weights are float32, whatever the folder holds.
     loaded = load_model(start, dtype=torch.float32) if start is not None else None

@@ -104,7 +104,9 @@ def _precision(config: RunConfig, folder: Path, chosen: str | None) -> str:
     """
     path = folder / "manifest.json"
     begun = read_json(path).get("precision") if path.exists() else None
-    return machine.choose_precision(str(chosen or begun or config.train.precision), machine.choose_device().type)
+    asked = str(chosen or begun or config.train.precision)
+    # Only fp16 is anything to Accelerate; between bf16 and fp32 `prepare` chooses.
+    return machine.choose_precision(asked, machine.choose_device().type, lambda: False)
 
 
 def _accelerator(precision: str = "fp32") -> Accelerator:
