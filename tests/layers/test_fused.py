@@ -267,6 +267,9 @@ def everything():
     logits = leaf(1000, 50)
     results += gradients(fused.nats(logits, torch.zeros(1000, dtype=torch.int64)), logits)
     if kernels.library().has_tiles:
+        with torch.autocast("cpu", torch.bfloat16):
+            weight = leaf(200, 64)
+            results += gradients(fused.linear(hidden, weight, None), hidden, weight)
         states = [leaf(300, 4, 32, dtype=torch.bfloat16, seed=seed) for seed in range(3)]
         sequences = Sequences([100, 150, 50])
         results += gradients(attention.attend(*states, sequences, sequences, causal=True), *states)
@@ -283,3 +286,31 @@ def test_the_number_of_threads_changes_no_bit():
     finally:
         torch.set_num_threads(before)
     assert all(itertools.starmap(torch.equal, zip(*found, strict=True)))
+
+
+@tiles
+@pytest.mark.parametrize(("rows", "inputs", "outputs"), [(256, 32, 32), (700, 96, 200), (999, 72, 33), (513, 600, 700)])
+@pytest.mark.parametrize("biased", [True, False])
+def test_gradients_of_a_linear_layer_are_those_in_float32_of_what_was_rounded(rows, inputs, outputs, biased):
+    hidden, weight = leaf(rows, inputs), leaf(outputs, inputs, seed=1)
+    bias = leaf(outputs, seed=2) if biased else None
+    wanted = [hidden, weight] + ([bias] if biased else [])
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = fused.linear(hidden, weight, bias)
+    assert type(ours.grad_fn).__name__ == "_LinearBackward"
+    upstream = torch.randn(ours.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    dhidden, dweight, *dbias = torch.autograd.grad(ours, wanted, upstream)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours, F.linear(hidden, weight, bias))
+    x, w, g = hidden.detach().bfloat16().double(), weight.detach().bfloat16().double(), upstream.double()
+    assert dweight.dtype == torch.float32 and close(dweight, g.T @ x, 1e-6)
+    assert close(dhidden, g @ w, 4e-3)
+    assert not biased or close(dbias[0], g.sum(0), 1e-6)
+
+
+@tiles
+def test_few_rows_and_small_matrices_are_left_to_torch():
+    with torch.autocast("cpu", torch.bfloat16):
+        for rows, inputs, outputs in ((255, 64, 64), (300, 64, 31), (300, 31, 64)):
+            product = fused.linear(leaf(rows, inputs), leaf(outputs, inputs), None)
+            assert type(product.grad_fn).__name__ != "_LinearBackward"

@@ -21,6 +21,8 @@ from isoform.layers.relative import Relative
 
 # The kernel rounds lengths up to it.
 KERNEL_BLOCK = 32
+# Fewer rows are not worth packing into tiles.
+MIN_ROWS = 256
 # Shorter sequences, such as single tokens in decoding, leave the matrix tiles empty.
 MIN_QUERIES = 8
 # The scores of 32 queries with so many keys fit into a second-level cache; wider heads do not fill up to 32 channels.
@@ -136,15 +138,64 @@ class _Gated(torch.autograd.Function):
 
 
 def linear(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """hidden weight^T + bias; the gradient of the bias, a sum over rows, is one pass in float32."""
-    library = serves(hidden, bias)
-    if library is None or bias is None or not (bias.requires_grad and torch.is_grad_enabled()):
+    """hidden weight^T + bias, with gradients of weight and bias summed in float32, each in one pass."""
+    library = serves(hidden, weight, bias)
+    if library is None or not (weight.requires_grad and torch.is_grad_enabled()):
+        return F.linear(hidden, weight, bias)
+    if library.has_tiles and _fills_tiles(hidden, weight):
+        output: Tensor = _Linear.apply(hidden, weight, bias, library)  # type: ignore[no-untyped-call]
+        return output
+    if bias is None or not bias.requires_grad:
         return F.linear(hidden, weight, bias)
     product = F.linear(hidden, weight, bias.detach())
     if serves(product) is None:  # autocast to something else
         return F.linear(hidden, weight, bias)
-    output: Tensor = _Biased.apply(product, bias, library)  # type: ignore[no-untyped-call]
-    return output
+    biased: Tensor = _Biased.apply(product, bias, library)  # type: ignore[no-untyped-call]
+    return biased
+
+
+def _fills_tiles(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether this is a product in bfloat16 of matrices that are not too small."""
+    return (
+        torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and weight.dtype == torch.float32
+        and hidden.ndim == 2
+        and len(hidden) >= MIN_ROWS
+        and min(weight.shape) >= KERNEL_BLOCK
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """In bfloat16, from float32 weights, whose gradient is in float32; see products.cpp."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, library: Library) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            x, narrow = hidden.bfloat16().contiguous(), weight.bfloat16()
+            output = F.linear(x, narrow, None if bias is None else bias.bfloat16())
+        ctx.save_for_backward(x, narrow)
+        ctx.dtype, ctx.biased, ctx.library = hidden.dtype, bias is not None, library
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.bfloat16().contiguous()
+        dhidden = (grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        dweight = torch.empty(weight.shape)
+        ctx.library.weight_gradient(grad, x, dweight, _threads())
+        dbias = _column_sums(grad, ctx.library) if ctx.biased else None
+        return dhidden, dweight, dbias, None
+
+
+def _column_sums(grad: Tensor, library: Library) -> Tensor:
+    """float32 `(d,)` of `(..., d)`."""
+    rows, width = _rows(grad)
+    sums = torch.empty(width)
+    library.call("column_sums", (grad.dtype,), grad.contiguous(), sums, rows, width, _threads())
+    return sums
 
 
 class _Biased(torch.autograd.Function):
@@ -158,10 +209,7 @@ class _Biased(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        rows, width = _rows(grad)
-        sums = torch.empty(width)
-        ctx.library.call("column_sums", (grad.dtype,), grad.contiguous(), sums, rows, width, _threads())
-        return grad, sums.to(ctx.dtype), None
+        return grad, _column_sums(grad, ctx.library).to(ctx.dtype), None
 
 
 # ----------------------------------------------------------------------------------------------------- rotary positions

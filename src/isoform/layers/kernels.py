@@ -34,7 +34,7 @@ EXTRAS = (
     ("-mcpu=native", "-fopenmp"),
     ("-mcpu=native",),
 )
-COMPILE_SECONDS = 120
+COMPILE_SECONDS = 600
 SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -83,6 +83,9 @@ _ARGUMENTS = {
     "rotate": (c_void_p,) * 3 + (c_int64,) * 5 + (c_float, c_int),
     "nats_forward": (c_void_p,) * 4 + (c_int64,) * 3 + (c_int,),
     "nats_backward": (c_void_p,) * 5 + (c_int64,) * 3 + (c_int,),
+    "pack": (c_void_p,) * 4 + (c_int,),
+    "multiply": (c_void_p, c_void_p, c_int64, c_void_p, c_int, c_int),
+    "decode": (c_void_p,),
 }
 
 
@@ -94,6 +97,7 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         self.has_tiles = bool(self._library.has_tiles())
         if self.has_tiles:
+            self._library.weight_gradient.argtypes = (*(c_void_p,) * 3, *(c_int64,) * 3, c_int)
             self._library.attention_forward.argtypes = (POINTER(AttentionCall), c_void_p, c_void_p)
             self._library.attention_backward.argtypes = (
                 POINTER(AttentionCall),
@@ -108,6 +112,17 @@ class Library:
             function.argtypes = _ARGUMENTS[name]
             function.restype = None
         function(*(value.data_ptr() if isinstance(value, Tensor) else value for value in values))
+
+    def count(self, name: str, address: int) -> int:
+        """The number that `name` makes of the structure at `address`."""
+        function = getattr(self._library, name)
+        function.argtypes, function.restype = (c_void_p,), c_int64
+        return int(function(address))
+
+    def weight_gradient(self, grad: Tensor, hidden: Tensor, into: Tensor, threads: int) -> None:
+        """into `(o, d)` = grad^T hidden, of `(n, o)` and `(n, d)`."""
+        addresses = [tensor.data_ptr() for tensor in (grad, hidden, into)]
+        self._library.weight_gradient(*addresses, len(grad), *into.shape, threads)
 
     def attention_forward(self, call: AttentionCall, output: Tensor, log_sums: Tensor) -> None:
         self._library.attention_forward(ctypes.byref(call), output.data_ptr(), log_sums.data_ptr())

@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from isoform.errors import ConfigError
+from isoform.layers import fused
 from isoform.layers.feedforward import Gated, Plain
 from isoform.layers.init import linear
 from isoform.registry import Options, lookup, register
@@ -123,12 +124,12 @@ class MixtureOfExperts(nn.Module):
         return torch.cat(mixed)
 
     def _expert(self, hidden: Tensor, up: Tensor, down: Tensor, gate: Tensor | None = None) -> Tensor:
-        inner = nn.functional.linear(hidden, up)
+        inner = fused.linear(hidden, up, None)
         if gate is not None and issubclass(self.expert, Gated):
-            inner = self.expert.gated_by(nn.functional.linear(hidden, gate), inner)
+            inner = self.expert.gated_by(fused.linear(hidden, gate, None), inner)
         else:
             inner = self.expert.activation(inner)
-        return nn.functional.linear(inner, down)
+        return fused.linear(inner, down, None)
 
 
 def grouped(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from isoform.contracts import Batch, Output, Sequences
 from isoform.errors import ConfigError
+from isoform.layers import fused
 from isoform.layers.block import Stream
 from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout, token_keys
@@ -71,7 +72,7 @@ class Decoder(nn.Module):
     classifier: heads.ClassificationHead | None
 
     def forward(self, batch: Batch, *, cache: KVCache | None = None, all_layers: bool = False) -> Output:
-        self._check_length(batch.sequences, cache)
+        self.check_length(batch.sequences, cache)
         keys = token_keys(batch)
         stream = Stream(batch.positions, batch.sequences, self.position, keys, cache)
         hidden = self.embedding_dropout(self.position.embed(self.embedding(batch.tokens), batch.positions), keys)
@@ -87,7 +88,8 @@ class Decoder(nn.Module):
             router_logits=tuple(stream.router_logits) or None,
         )
 
-    def _check_length(self, sequences: Sequences, cache: KVCache | None) -> None:
+    def check_length(self, sequences: Sequences, cache: KVCache | None) -> None:
+        """Raises: ConfigError where old and new tokens together are more than there are positions."""
         limit = self.position.limit
         before = [0] * len(sequences) if cache is None else cache.lengths
         longest = max((old + new for old, new in zip(before, sequences.lengths, strict=True)), default=0)
@@ -99,7 +101,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary: `(m, d)` -> `(m, v)`."""
-        return nn.functional.linear(hidden, self.embedding.weight if self.head is None else self.head.weight)
+        return fused.linear(hidden, self.embedding.weight if self.head is None else self.head.weight, None)
 
     def new_cache(self, num_sequences: int) -> KVCache:
         """An empty cache for so many sequences."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from isoform.config import Component, Positive
 from isoform.contracts import Batch, Output, Sequences
 from isoform.errors import ConfigError
+from isoform.layers import fused
 from isoform.layers.block import Block, SelfAttention, Stream
 from isoform.layers.cache import CrossCache, EncoderDecoderCache, KVCache
 from isoform.layers.cross import CrossAttention, DecoderBlock, Memory
@@ -137,7 +138,7 @@ class T5(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores over the vocabulary: `(places, d)` -> `(places, v)`."""
         scaled = hidden * self.config.width**-0.5 if self.config.scaled else hidden
-        return nn.functional.linear(scaled, self.embedding.weight if self.head is None else self.head.weight)
+        return fused.linear(scaled, self.embedding.weight if self.head is None else self.head.weight, None)
 
     def new_cache(self, num_sequences: int) -> EncoderDecoderCache:
         """An empty cache for so many sequences; the first pass that it is given reads the source."""
