@@ -22,9 +22,9 @@ def main() -> None:
 
     same_environment(machine.cores())
     warnings.simplefilter("ignore")
-    from benchmarks.works import WORKS
+    from benchmarks.works import ALL
 
-    setting, work = Setting(options.quick, options.root), WORKS[options.work]
+    setting, work = Setting(options.quick, options.root), ALL[options.work]
     output, sys.stdout = sys.stdout, sys.stderr  # what a library prints is no answer
     if options.side == "prepare":
         work.prepare(options.folder, setting)

@@ -75,7 +75,7 @@ def prepare(size: Size, folder: Path, setting: Setting) -> None:
     if setting.quick:
         text = "\n".join(document["text"] for document in builtin("python-docs")[:200])
     else:
-        text = next(setting.data("tinyshakespeare").glob("*.txt")).read_text(encoding="utf-8")
+        text = setting.data("tinyshakespeare", "input.txt").read_text(encoding="utf-8")
     (folder / "text.txt").write_text(text, encoding="utf-8")
     sizes = {"num_layers": size.layers, "num_heads": size.heads, "width": size.width, "dropout": size.dropout}
     model = {"family": "gpt2", **sizes, "bias": False, "feedforward": {"kind": "gelu"}}

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 OURS = "ours"
+# The unit of a work that is done once, and of which the time is told.
+WHOLE = "whole"
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,29 @@ class Work:
 
     name: str
     group: str
-    # a to e, as it is asked for by `--only`
+    # a letter, as it is asked for by `--only`
     about: str
     unit: str
+    # WHOLE: the time of all of it is told, not a rate
     prepare: Callable[[Path, Setting], None]
     # writes what all sides start from
     sides: Mapping[str, Side]
     check: Check
+    together: bool = False
+    # whether one process, named as ours, runs all sides in turns; `Done.checks["rows"]` then holds what it measured
+
+
+@dataclass(frozen=True)
+class Fact:
+    """Something about ours alone: processes, each by its name, and a line that says what they found."""
+
+    name: str
+    group: str
+    about: str
+    prepare: Callable[[Path, Setting], None]
+    sides: Mapping[str, Side]
+    tell: Callable[[Mapping[str, Mapping[str, Any]]], str]
+    # the report of each process -> what the page says
 
 
 @dataclass(frozen=True)
@@ -103,8 +121,35 @@ def measure(work: Work, setting: Setting, rounds: int, say: Callable[[str], None
             for name in names[shift:] + names[:shift]:
                 report = run_child(work, name, Path(folder), setting)
                 reports[name].append(report)
-                say(f"{work.name}, round {number + 1} of {rounds}: {name} {rate(report):,.1f} {work.unit} a second")
+                say(f"{work.name}, round {number + 1} of {rounds}: {name} {speed(work, rate(report))}")
     return [_against(work, name, reports) for name in names if name != OURS]
+
+
+def measure_together(work: Work, setting: Setting, say: Callable[[str], None]) -> list[Measured]:
+    """One process that runs both sides in turns, update by update: a row for each that it tells of."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = run_child(work, OURS, Path(folder), setting)
+    rows = report["checks"]["rows"]
+    say(f"{work.name}: {len(rows)} comparisons in one process")
+    return [
+        Measured(work, row["theirs"], row["our_rates"], row["their_rates"], report["peak_bytes"], 0, True, row["told"])
+        for row in rows
+    ]
+
+
+def establish(fact: Fact, setting: Setting, say: Callable[[str], None]) -> str:
+    """What the page says of a fact. Raises: RuntimeError of a process."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_child(fact, "prepare", Path(folder), setting)
+        reports = {name: run_child(fact, name, Path(folder), setting) for name in fact.sides}
+    told = fact.tell(reports)
+    say(f"{fact.name}: {told}")
+    return told
+
+
+def speed(work: Work, rate: float) -> str:
+    """A rate as it is told: units a second, or the seconds of the whole."""
+    return f"{1 / rate:,.1f} s" if work.unit == WHOLE else f"{rate:,.1f} {work.unit}/s"
 
 
 def rate(report: Mapping[str, Any]) -> float:
@@ -129,7 +174,7 @@ def _against(work: Work, name: str, reports: Mapping[str, list[dict[str, Any]]])
 # -------------------------------------------------------------------------------------------------- a process of a side
 
 
-def run_child(work: Work, side: str, folder: Path, setting: Setting) -> dict[str, Any]:
+def run_child(work: Work | Fact, side: str, folder: Path, setting: Setting) -> dict[str, Any]:
     """What a side says of itself, in a fresh process that works alone. Raises: RuntimeError with its last lines."""
     words = [sys.executable, "-m", "benchmarks.child", work.name, side, str(folder)]
     words += ["--quick"] if setting.quick else []

@@ -39,24 +39,33 @@ class Block(nn.Module):
 
 
 class PlainGPT(nn.Module):
-    """Token and position tables, blocks, a last norm, and the token table once more as the output."""
+    """Token and position tables, blocks, a last norm, and an output layer: the token table once more where tied."""
 
     def __init__(
-        self, vocab: int, positions: int, layers: int, heads: int, width: int, bias: bool, dropout: float
+        self,
+        vocab: int,
+        positions: int,
+        layers: int,
+        heads: int,
+        width: int,
+        bias: bool,
+        dropout: float,
+        tied: bool = True,
     ) -> None:
         super().__init__()
         self.dropout = dropout
         self.wte, self.wpe = nn.Embedding(vocab, width), nn.Embedding(positions, width)
         self.blocks = nn.ModuleList(Block(width, heads, bias, dropout) for _ in range(layers))
         self.ln_f = nn.LayerNorm(width, bias=bias)
+        self.lm_head = None if tied else nn.Linear(width, vocab, bias=False)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Mean nats a token; tokens and targets `(b, t)`."""
+        """Mean nats a token that is asked, its target not being -100; tokens and targets `(b, t)`."""
         x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x)
-        logits = F.linear(self.ln_f(x), self.wte.weight)
+        logits = F.linear(self.ln_f(x), self.wte.weight if self.lm_head is None else self.lm_head.weight)
         return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
@@ -86,8 +95,32 @@ def adamw(model: nn.Module, rate: float) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.99), fused=True)
 
 
+def muon(model: PlainGPT, rate: float, adamw_rate: float, beta2: float) -> list[torch.optim.Optimizer]:
+    """torch's Muon on the matrices of blocks, AdamW on everything else."""
+    hidden = [parameter for parameter in model.blocks.parameters() if parameter.ndim == 2]
+    rest = [parameter for parameter in model.parameters() if not any(parameter is other for other in hidden)]
+    return [
+        torch.optim.Muon(hidden, lr=rate, weight_decay=0.0, adjust_lr_fn="original"),
+        torch.optim.AdamW(rest, lr=adamw_rate, betas=(0.9, beta2), weight_decay=0.0, fused=True),
+    ]
+
+
 def windows(data: Tensor, batch: int, length: int, draw: torch.Generator) -> tuple[Tensor, Tensor]:
     """`batch` windows of the text at random places, and the same one character later."""
     starts = torch.randint(len(data) - length, (batch,), generator=draw).tolist()
     tokens = torch.stack([data[start : start + length] for start in starts])
     return tokens, torch.stack([data[start + 1 : start + 1 + length] for start in starts])
+
+
+@torch.no_grad()
+def mean_loss(model: PlainGPT, data: Tensor, length: int, batch: int = 64) -> float:
+    """Mean nats a token of every token but the first, in windows end to end; the model is in training mode again."""
+    model.eval()
+    asked = (len(data) - 1) // length * length
+    tokens, targets = data[:asked].view(-1, length), data[1 : asked + 1].view(-1, length)
+    parts = [(tokens[at : at + batch], targets[at : at + batch]) for at in range(0, len(tokens), batch)]
+    if asked < len(data) - 1:
+        parts.append((data[None, asked:-1], data[None, asked + 1 :]))
+    total = sum(float(model(*part)) * part[1].numel() for part in parts)
+    model.train()
+    return total / (len(data) - 1)

@@ -1,8 +1,18 @@
-"""Every work that is measured, by its name."""
+"""Everything that is measured, by its name: works against others, and facts about ours alone."""
 
 from __future__ import annotations
 
-from benchmarks import decoding, gpt, reviews
-from benchmarks.pairs import Work
+from benchmarks import costs, decoding, family_works, gpt, pretraining, reaching, reviews
+from benchmarks.pairs import Fact, Work
 
-WORKS: dict[str, Work] = {work.name: work for work in (*gpt.WORKS, *reviews.WORKS, *decoding.WORKS)}
+_WORKS = (
+    *gpt.WORKS,
+    *reviews.WORKS,
+    *decoding.WORKS,
+    *reaching.WORKS,
+    *pretraining.WORKS,
+    *family_works.WORKS,
+)
+WORKS: dict[str, Work] = {work.name: work for work in _WORKS}
+FACTS: dict[str, Fact] = {fact.name: fact for fact in costs.FACTS}
+ALL: dict[str, Work | Fact] = {**WORKS, **FACTS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -69,6 +70,76 @@ def test_the_page_keeps_the_rows_of_other_works(tmp_path):
     assert "- **decode-1** (c)" in text and "load" in text
 
 
+def test_facts_stand_in_a_table_of_their_own_and_keep_theirs(tmp_path):
+    from benchmarks.__main__ import write
+
+    page = tmp_path / "RESULTS.md"
+    write(page, "cost-layers", ["| cost-layers | 0.1 s a layer | today |"])
+    write(page, "decode-1", ["| decode-1 | theirs | **9.00** |"])
+    write(page, "cost-layers", ["| cost-layers | 0.2 s a layer | tomorrow |"])
+    text = page.read_text()
+    assert "0.1 s" not in text and text.index("| decode-1 |") < text.index("| cost-layers | 0.2 s a layer |")
+    assert text.count("|---|---|---|\n| cost-layers") == 1 and "- **cost-layers** (h)" in text
+
+
+def test_one_process_may_tell_of_several_comparisons(monkeypatch):
+    from benchmarks import pairs
+    from benchmarks.__main__ import line
+
+    rows = [{"theirs": name, "our_rates": [4.0, 6.0], "their_rates": [2.0, 2.0], "told": "equal"} for name in "ab"]
+    report = {"count": 1, "seconds": 1.0, "checks": {"rows": rows}, "peak_bytes": 3 * 10**9}
+    monkeypatch.setattr(pairs, "run_child", lambda work, side, folder, setting: report)
+    both = dataclasses.replace(work({}), together=True)
+    first, second = pairs.measure_together(both, pairs.Setting(), lambda line: None)
+    assert (first.theirs, second.theirs, first.ratio) == ("a", "b", 2.5)
+    assert "| 5.0 tokens/s | 2.0 tokens/s | 3.00 GB of both | yes: equal |" in line(first)
+
+
+def test_of_what_is_done_once_the_time_is_told():
+    from benchmarks.pairs import WHOLE, speed
+
+    assert speed(dataclasses.replace(work({}), unit=WHOLE), 1 / 12.5) == "12.5 s"
+    assert speed(work({}), 1250.0) == "1,250.0 tokens/s"
+
+
+def test_the_fit_of_a_line():
+    from benchmarks.costs import fit
+
+    start, slope, explained, deviation = fit([[1, 3.0], [2, 5.0], [4, 9.0]])
+    assert (start, slope) == pytest.approx((1.0, 2.0)) and explained == pytest.approx(1) and deviation < 1e-12
+    _, _, explained, deviation = fit([[1, 3.0], [2, 6.0], [4, 9.0]])
+    assert explained == pytest.approx(27 / 28) and deviation == pytest.approx(1 / 8)
+
+
+def test_the_plain_loop_is_judged_on_every_character_but_the_first(monkeypatch):
+    from benchmarks.plain_gpt import PlainGPT, mean_loss
+
+    torch.manual_seed(0)
+    plain = PlainGPT(11, 8, 1, 2, 8, bias=True, dropout=0.3, tied=False)
+    data = torch.randint(0, 11, (30,))
+    total = 0.0
+    plain.eval()
+    for start in range(0, 29, 8):
+        row = data[start : start + 9]
+        total += float(plain(row[None, :-1], row[None, 1:]).detach()) * (len(row) - 1)
+    plain.train()
+    assert mean_loss(plain, data, 8, batch=2) == pytest.approx(total / 29) and plain.training
+
+
+def test_a_loss_that_was_not_reached_is_told():
+    from benchmarks.reaching import reached
+
+    low, high = {"loss": 1.87, "steps": 110, "target": 1.88}, {"loss": 1.9, "steps": 2000, "target": 1.88}
+    assert reached(low, high) == (True, "1.8700 after 110 steps and 1.9000 after 2,000 steps")
+    assert not reached(high, low)[0]
+
+
+def test_the_families_are_those_that_are_compared():
+    from benchmarks import families, family_works
+
+    assert set(family_works.NAMES) == set(families.FAMILIES)
+
+
 def test_the_plain_gpt_is_a_gpt_2(tmp_path):
     from benchmarks.plain_gpt import PlainGPT
     from transformers import GPT2LMHeadModel
@@ -101,7 +172,9 @@ def test_every_work_goes_through_with_tiny_sizes(tmp_path):
     words = [sys.executable, "-m", "benchmarks", "--quick", "--out", str(page)]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    from benchmarks.works import WORKS
+    from benchmarks.works import FACTS, WORKS
 
     for name, each in WORKS.items():
-        assert page.read_text().count(f"| {name} |") == len(each.sides) - 1
+        assert page.read_text().count(f"| {name} |") == (2 if each.together else len(each.sides) - 1)
+    for name in FACTS:
+        assert page.read_text().count(f"| {name} |") == 1
