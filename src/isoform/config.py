@@ -148,6 +148,8 @@ class TrainConfig(Section):
     # largest global gradient norm; null: no clipping
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     # auto: bf16 where this machine trains faster in it than in fp32; fp16, with scaled gradients: on a GPU alone
+    compile: Literal["auto", "on", "off"] = "auto"
+    # blocks by torch.compile; auto: where a run is long and the run's first batch goes faster with it
     recompute: bool = False
     # whether blocks keep their inputs alone and make the rest again in the backward pass: less memory, more work
     checkpoint_every_steps: Positive | None = None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from isoform.contracts import Sequences
 from isoform.layers import blockwise, fused, varlen
+from isoform.layers.apart import apart
 from isoform.layers.dropout import DropoutSite
 from isoform.layers.relative import Relative
 
@@ -33,6 +34,7 @@ class Padded(Sequences):
         self.real = real
 
 
+@apart
 def attend(
     query: Tensor,
     key: Tensor,

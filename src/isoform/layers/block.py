@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from isoform.contracts import Sequences
+from isoform.layers.apart import apart
 from isoform.layers.attention import attend
 from isoform.layers.cache import KVCache
 from isoform.layers.dropout import Dropout
@@ -36,6 +37,7 @@ class Stream:
     router_logits: list[Tensor] = field(default_factory=list)
     made: dict[bool, Relative | None] = field(default_factory=dict)
 
+    @apart
     def relative(self, causal: bool) -> Relative | None:
         """The position scheme's learned scores, one object for all layers of the pass."""
         if causal not in self.made:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from isoform.chance import key64
 from isoform.contracts import Batch
 from isoform.layers import ragged
+from isoform.layers.apart import apart
 from isoform.layers.kernels import Library, serves
 
 # Constants of splitmix64 (Steele, Lea & Flood 2014) as signed integers.
@@ -96,22 +97,28 @@ class Dropout(nn.Module):
     factor is that of the rounded rate.
     """
 
+    site_key: Tensor
+
     def __init__(self, rate: float) -> None:
         super().__init__()
         self.rate = rate
         self.site = 0
+        # The same as a tensor: compiled code is made anew for another number.
+        self.register_buffer("site_key", torch.zeros((), dtype=torch.int64), persistent=False)
 
     def forward(self, hidden: Tensor, keys: Tensor | None, onto: Tensor | None = None) -> Tensor:
         """onto: of the shape of hidden, to which what stays is added."""
         if keys is None or self.rate == 0:
             return hidden if onto is None else onto + hidden
-        fast = _in_one_pass(hidden, onto, keys, self.site, self.rate)
-        if fast is not None:
-            return fast
-        keep = keep_mask(mix64(keys ^ self.site), hidden.shape[-1], self.rate)
+        if not torch.compiler.is_compiling():
+            fast = _in_one_pass(hidden, onto, keys, self.site, self.rate)
+            if fast is not None:
+                return fast
+        keep = keep_mask(mix64(keys ^ self.site_key), hidden.shape[-1], self.rate)
         kept = hidden * (keep * hidden.new_tensor(kept_inverse(self.rate)))
         return kept if onto is None else onto + kept
 
+    @apart
     def on_weights(self, keys: Tensor | None) -> DropoutSite | None:
         """The same site as `attend` takes it."""
         return None if keys is None or self.rate == 0 else DropoutSite(keys, self.site, self.rate)
@@ -181,3 +188,4 @@ def name_sites(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, Dropout):
             module.site = key64("dropout", name)
+            module.site_key.fill_(module.site)

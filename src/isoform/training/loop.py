@@ -28,6 +28,7 @@ from isoform.checkpoints.state import Loaded, optimizer_state_by_name, restore_o
 from isoform.contracts import RunState
 from isoform.errors import NonFiniteError, OutOfMemoryError
 from isoform.evaluation.evaluate import Evaluation
+from isoform.layers.compiled import plainly
 from isoform.registry import lookup
 from isoform.training.feed import Feed, GlobalStep
 from isoform.training.guards import Interrupts
@@ -279,7 +280,7 @@ class Loop:
             return False
         select = self.train.select
         began = time.monotonic()
-        with self._whole_model() as model:
+        with plainly(self.run.model), self._whole_model() as model:
             evaluation = self.evaluate(model, select.split)
             asks_train = self.run.config.evaluate.train_examples is not None
             beside = self.evaluate(model, "train").rows if asks_train else []
@@ -361,7 +362,6 @@ class Loop:
         self.accelerator.wait_for_everyone()
         self._saved_at = time.monotonic()
         self._saved_step = self.state.step
-
 
     def _whole_model(self) -> AbstractContextManager[nn.Module]:
         """The model as one, for what is not the loop's own; where it is sharded, all ranks have to ask for it."""

@@ -36,7 +36,7 @@ from isoform.storage import (
     write_json,
     write_text,
 )
-from isoform.training import classical, sharding
+from isoform.training import classical, compiling, sharding
 from isoform.training.logs import RunLog, forget_after, open_trackers, track_scores
 from isoform.training.loop import BEST_LOSS, BEST_METRIC, Loop, planned_rates
 from isoform.training.plan import warnings
@@ -46,12 +46,13 @@ from isoform.training.scoring import score, score_all
 from isoform.training.step import autocast
 
 # Fields that a resume may change: they alter neither the weights nor what is measured. Another path to the teacher is
-# none of them by itself, its fingerprint tells whether it is the same one.
+# none of them by itself, its fingerprint tells whether it is the same one; whether blocks are compiled stays as it was.
 FREE = {
     "name",
     "about",
     "track",
     "data.root",
+    "train.compile",
     "objective.teacher",
     "train.checkpoint_every_steps",
     "train.checkpoint_every_seconds",
@@ -152,11 +153,12 @@ def _train(
         _refuse_foreign(run, folder, earlier, resume)
     if earlier.get("complete"):
         return RunResult(folder, read_json(folder / "eval.json"), earlier)
+    compiled = compiling.choose(run, accelerator, earlier)
     if accelerator.is_main_process:
         for warning in () if quiet or resume else warnings(run, planned_rates(run)):
             print(f"{config.name}: {warning}", file=sys.stderr)
         write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
-        write_json(manifest_path, _manifest(run, accelerator, earlier.get("started", started)))
+        write_json(manifest_path, {**_manifest(run, accelerator, earlier.get("started", started)), "compile": compiled})
         save_base(folder / "base", run.model, run.tokenizer)
     accelerator.wait_for_everyone()
     if run.objective.helper is not None:
