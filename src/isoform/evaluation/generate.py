@@ -64,6 +64,7 @@ def generate(
     batch_tokens: int = 32_768,
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    int8: bool = False,
 ) -> list[Generation]:
     """The continuation of each prompt, in the order given.
 
@@ -71,8 +72,9 @@ def generate(
     exceed `model.max_positions`, the model sees the last `max_positions` of them, numbered anew.
 
     beams: more than one takes the place of `sampling`. batch_tokens: the most tokens, prompts, sources and answers, of
-    the sequences that are decoded together.
+    the sequences that are decoded together. int8: see `reading`.
     """
+    model = reading(model, autocast, int8=int8)
     sequences = [growing(index, prompt, max_new_tokens) for index, prompt in enumerate(prompts)]
     results: dict[int, Generation] = {}
     copies = 1 if beams is None else beams.num_beams
@@ -99,11 +101,31 @@ def generate_stream(
     max_new_tokens: int | None = None,
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext,
+    int8: bool = False,
 ) -> Iterator[int]:
     """The new tokens of one prompt as they come, without the stop token; the same tokens as `generate` gives."""
+    model = reading(model, autocast, int8=int8)
     for _, token in _decode(model, [growing(0, prompt, max_new_tokens)], sampling, seed, device, autocast):
         if token not in prompt.stop:
             yield token
+
+
+def reading(
+    model: Model, autocast: Callable[[], AbstractContextManager[Any]] = contextlib.nullcontext, *, int8: bool = False
+) -> Model:
+    """The model with its weights as they are now, laid out for decoding in the precision that `autocast` sets.
+
+    int8: weights of 8 bits in place of that precision's. What `generate` does of itself; do it once for many calls. The
+    model itself where there is no kernel for its parts, see `models.decoding`.
+    """
+    import torch
+
+    from isoform.models.decoding import prepared
+
+    with autocast():
+        narrow = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    made: Model = prepared(model, "int8" if int8 else "bf16" if narrow else "fp32", narrow_cache=narrow)
+    return made
 
 
 def text_stream(decode: Callable[[list[int]], str], tokens: Iterator[int]) -> Iterator[str]:

@@ -41,6 +41,17 @@ class KVCache:
             stored.append(kept.view(-1, *states.shape[1:]).index_select(0, read_index))
         return stored[0], stored[1], every
 
+    def reserve(self, need: int, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Room for `need` tokens of every sequence in all layers, made where there is none; the capacity.
+
+        shape, dtype: (g, k) and precision of keys and values, where none are stored yet.
+        """
+        capacity = self._capacity(0, need)
+        for layer, (key, value) in enumerate(zip(self.keys, self.values, strict=True)):
+            like = torch.empty(0, *shape, dtype=dtype)
+            self.keys[layer], self.values[layer] = self._grown(key, like, capacity), self._grown(value, like, capacity)
+        return capacity
+
     def advance(self, new: Sequences) -> None:
         """The tokens of this pass count as stored."""
         self.lengths = [old + more for old, more in zip(self.lengths, new.lengths, strict=True)]

@@ -1,0 +1,34 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from isoform.layers.quantized import Int8Linear, in_int8
+from isoform.models.llama import Llama
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_layer_is_within_the_steps_of_eight_bits(autocast):
+    torch.manual_seed(0)
+    layer, hidden = torch.nn.Linear(96, 40), torch.randn(3, 7, 96)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        ours, plain = Int8Linear(layer)(hidden), layer(hidden)
+    assert ours.dtype == plain.dtype and ours.shape == plain.shape
+    assert (ours.float() - plain.float()).square().mean().sqrt() < 0.02 * plain.float().std()
+
+
+def test_rows_of_zeros_and_outliers_keep_to_themselves():
+    torch.manual_seed(0)
+    layer, hidden = torch.nn.Linear(16, 8), torch.randn(3, 16)
+    hidden[0], hidden[2, 3] = 0.0, 1e4
+    quantized = Int8Linear(layer)
+    assert torch.equal(quantized(hidden)[0], layer.bias)
+    assert torch.equal(quantized(hidden)[1], quantized(hidden[1:2])[0])
+
+
+def test_a_model_shares_what_is_not_quantized():
+    model = Llama.tiny()
+    quantized = in_int8(model)
+    assert quantized.embedding.weight is model.embedding.weight
+    assert isinstance(quantized.blocks[0].attention.qkv, Int8Linear)
+    assert isinstance(model.blocks[0].attention.qkv, torch.nn.Linear)
