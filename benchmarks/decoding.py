@@ -1,7 +1,8 @@
 """(c) Continuing texts with SmolLM2-135M, greedily, against `transformers.generate`: one prompt, and sixteen at once.
 
-Both read one folder in fp32 and are given the same token ids; the prompts are of unlike lengths, so theirs are padded
-on the left. No side may end early: every text grows by the same number of tokens.
+All read one folder and are given the same token ids; the prompts are of unlike lengths, so theirs are padded on the
+left. No side may end early: every text grows by the same number of tokens. fp32 on both sides must say the same; in
+bf16 and int8 a text goes on otherwise after the first token that differs, so that the share of equal ones is only told.
 """
 
 from __future__ import annotations
@@ -69,32 +70,33 @@ def _new_tokens(setting: Setting) -> int:
     return QUICK_NEW_TOKENS if setting.quick else NEW_TOKENS
 
 
-def ours(number: int, folder: Path, setting: Setting) -> Done:
-    """Greedy decoding as `isoform generate` does it: the weights are read once a token, so fp32 costs no casts."""
+def ours(number: int, precision: str, folder: Path, setting: Setting) -> Done:
+    """Greedy decoding as `isoform generate` does it, its weights laid out before; int8 is `--int8`."""
     import numpy as np
 
     from isoform.contracts import Prompt
     from isoform.evaluation.generate import generate
     from isoform.serving.use import open_model
 
-    opened, new = open_model(folder / "start"), _new_tokens(setting)
-    ids = _prompts(folder, number)
+    opened = open_model(folder / "start", precision="bf16" if precision == "int8" else precision)
+    model, new, ids = opened.reading(int8=precision == "int8"), _new_tokens(setting), _prompts(folder, number)
     prompts = [Prompt(str(i), np.array(tokens, dtype=np.int32), (), new, "") for i, tokens in enumerate(ids)]
-    generate(opened.model, prompts, max_new_tokens=2, device=opened.device)
+    way: dict[str, Any] = {"device": opened.device, "autocast": opened.autocast}
+    generate(model, prompts, max_new_tokens=2, **way)
     began = time.perf_counter()
-    made = generate(opened.model, prompts, max_new_tokens=new, device=opened.device)
+    made = generate(model, prompts, max_new_tokens=new, **way)
     seconds = time.perf_counter() - began
     tokens = [token for generation in made for token in generation.tokens]
     return Done(len(tokens), seconds, {"tokens": tokens})
 
 
-def theirs(number: int, folder: Path, setting: Setting) -> Done:
+def theirs(number: int, dtype: str, folder: Path, setting: Setting) -> Done:
     """`generate` with its cache and torch's own attention, which are its defaults."""
     import torch
     import transformers
 
     transformers.logging.set_verbosity_error()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "start", dtype=torch.float32).eval()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "start", dtype=getattr(torch, dtype)).eval()
     new, ids = _new_tokens(setting), _prompts(folder, number)
     longest = max(map(len, ids))
     tokens = torch.tensor([[0] * (longest - len(each)) + each for each in ids])
@@ -119,10 +121,13 @@ def theirs(number: int, folder: Path, setting: Setting) -> Done:
     return Done(made.numel(), time.perf_counter() - began, {"tokens": made.flatten().tolist()})
 
 
-def _work(name: str, number: int) -> Work:
-    sides = {OURS: partial(ours, number), "transformers generate": partial(theirs, number)}
-    about = f"decoding {NEW_TOKENS} tokens with SmolLM2-135M, greedily, fp32, prompts at once: {number}"
-    return Work(name, "c", about, "tokens", prepare, sides, equal_share("tokens", 0.99))
+def _work(number: int, precision: str) -> Work:
+    dtypes = ["float32"] if precision == "fp32" else ["bfloat16", "float32"]
+    others = {f"transformers generate, {dtype}": partial(theirs, number, dtype) for dtype in dtypes}
+    about = f"decoding {NEW_TOKENS} tokens with SmolLM2-135M, greedily, ours in {precision}, prompts at once: {number}"
+    name = f"decode-{number}" + ("" if precision == "fp32" else f"-{precision}")
+    same = equal_share("tokens", 0.99 if precision == "fp32" else 0.0)
+    return Work(name, "c", about, "tokens", prepare, {OURS: partial(ours, number, precision), **others}, same)
 
 
-WORKS = (_work("decode-1", 1), _work("decode-16", 16))
+WORKS = tuple(_work(number, precision) for precision in ("fp32", "bf16", "int8") for number in (1, 16))

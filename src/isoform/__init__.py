@@ -175,12 +175,13 @@ def generate(
     early_stopping: bool = False,
     seed: int = 0,
     max_new_tokens: int = 200,
+    int8: bool = False,
 ) -> Iterator[str]:
     """The prompt's continuation, piece by piece.
 
     chat: the prompt is a message to a model with a chat template, what comes is its answer.
     temperature: 0 is greedy; None: 1, or 0 in a chat. beams: more than 1 is beam search, by `length_penalty` and
-    `early_stopping` (see `config.Beams`), without temperature; the text comes in one piece.
+    `early_stopping` (see `config.Beams`), without temperature; the text comes in one piece. int8: weights of 8 bits.
     """
     from isoform.config import Beams
     from isoform.evaluation.generate import Sampling
@@ -197,6 +198,7 @@ def generate(
         beams=searched,
         seed=seed,
         max_new_tokens=max_new_tokens,
+        int8=int8,
     )
 
 

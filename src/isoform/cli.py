@@ -167,6 +167,7 @@ def generate(
     early_stopping: Annotated[bool, typer.Option(help="Of beams: stop at so many finished texts.")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    int8: Annotated[bool, typer.Option("--int8", help="Weights of 8 bits: faster, a little less exact.")] = False,
     as_json: Json = False,
 ) -> None:
     """Continue a text or answer a message, streaming."""
@@ -184,6 +185,7 @@ def generate(
         early_stopping=early_stopping,
         seed=seed,
         max_new_tokens=max_new_tokens,
+        int8=int8,
     )
     if as_json:
         _print_json({"prompt": prompt, "text": "".join(pieces)})

@@ -7,7 +7,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from isoform.data.identity import content_hash
 from isoform.data.splits import load_splits
 from isoform.errors import CheckpointError, ConfigError, IsoformWarning
 from isoform.evaluation.evaluate import Evaluation, evaluate
-from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, text_stream
+from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, reading, text_stream
 from isoform.layers import choice
 from isoform.layers.choice import Shape
 from isoform.registry import component
@@ -46,6 +46,13 @@ class Opened:
     autocast: Callable[[], AbstractContextManager[Any]]
     stop: tuple[int, ...]
     # ids that end a text
+    readings: dict[bool, Any] = field(default_factory=dict)
+
+    def reading(self, *, int8: bool = False) -> Any:
+        """The model as decoding reads it, made once: its weights do not change."""
+        if int8 not in self.readings:
+            self.readings[int8] = reading(self.model, self.autocast, int8=int8)
+        return self.readings[int8]
 
 
 def open_model(path: str | Path, *, precision: str | None = None, max_tokens: int | None = None) -> Opened:
@@ -213,11 +220,12 @@ def continue_text(
     beams: Beams | None = None,
     seed: int = 0,
     max_new_tokens: int = 200,
+    int8: bool = False,
 ) -> Iterator[str]:
     """The prompt's continuation, piece by piece; chat: the prompt is a person's message, what follows the answer.
 
     An encoder-decoder reads the prompt and says what it makes of it. beams: more than one say their text at the end, in
-    one piece. Raises: ConfigError, DataError where the model cannot do it.
+    one piece. int8: with weights of 8 bits. Raises: ConfigError, DataError where the model cannot do it.
     """
     if "fits" in opened.model.capabilities:
         raise ConfigError(f"{opened.path}: a bag of words, which cannot continue a text; use `isoform predict`")
@@ -225,16 +233,14 @@ def continue_text(
         raise ConfigError(f"{opened.path}: an encoder, which reads a text from both sides and cannot continue one")
     prompt = _continued(opened, text, chat=chat, max_new_tokens=max_new_tokens)
     tell_unknown(count_unknown(opened, opened.tokenizer.encode(text)))
+    model = opened.reading(int8=int8)
     # One token at a time is bound by reading the weights once, and autocast would convert all of them each time.
-    way: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "device": opened.device,
-        "autocast": contextlib.nullcontext,
-    }
+    autocast = contextlib.nullcontext if model is opened.model else opened.autocast
+    way: dict[str, Any] = {"max_new_tokens": max_new_tokens, "device": opened.device, "autocast": autocast}
     if beams is not None and beams.num_beams > 1:
-        found = generate(opened.model, [prompt], beams=beams, **way)
+        found = generate(model, [prompt], beams=beams, **way)
         return iter([opened.tokenizer.decode(found[0].tokens)])
-    stream = generate_stream(opened.model, prompt, sampling=sampling, seed=seed, **way)
+    stream = generate_stream(model, prompt, sampling=sampling, seed=seed, **way)
     return text_stream(lambda ids: opened.tokenizer.decode(ids), stream)
 
 
