@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from isoform.errors import ConfigError
 from isoform.layers import fused
+from isoform.layers.apart import apart
 from isoform.layers.feedforward import Gated, Plain
 from isoform.layers.init import linear
 from isoform.registry import Options, lookup, register
@@ -88,6 +89,7 @@ class MixtureOfExperts(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:
         return self.route(hidden)[0]
 
+    @apart
     def route(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """The experts' weighted sum `(n, d)`, and the router logits `(n, e)` in float32 or wider."""
         logits = self._router_logits(hidden)

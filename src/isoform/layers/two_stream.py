@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from isoform.contracts import Batch
 from isoform.layers import blockwise, ragged
+from isoform.layers.apart import apart
 from isoform.layers.dropout import Dropout, mix64
 from isoform.layers.init import linear
 from isoform.layers.position import inverse_frequencies
@@ -107,6 +108,7 @@ class TwoStreamAttention(nn.Module):
         guessed = self._mixed(places, k, v, view, itself=False)[view.asked]
         return self.output(mixed), self.output(guessed)
 
+    @apart
     def _mixed(self, q: Tensor, k: Tensor, v: Tensor, view: View, *, itself: bool) -> Tensor:
         """Queries, keys and values `(n, h, k)` -> `(n, h k)`."""
         scale = self.head_width**-0.5
@@ -117,10 +119,10 @@ class TwoStreamAttention(nn.Module):
         by_segment = blockwise.to_blocks(q + self.segment_bias.to(q.dtype), plan.queries)
         visible = view.visible(plan, itself=itself)
         biases = []
-        for block, (near, apart) in enumerate(zip(by_position, by_segment, strict=True)):
+        for block, (near, within) in enumerate(zip(by_position, by_segment, strict=True)):
             bias = plan.bias[block] + scale * self._by_distance(near, view.max_distance)
             if view.batch.segments is not None:
-                bias = bias + scale * self._by_segment(apart, view.batch.segments[plan.queries.take[block]])
+                bias = bias + scale * self._by_segment(within, view.batch.segments[plan.queries.take[block]])
             seen = visible[block]
             if seen is not None:
                 bias = torch.where(seen, bias, blockwise.UNSEEN)

@@ -32,6 +32,7 @@ BOOKKEEPING = {
     "data.shard_tokens",
     "objective.store",
     "train.micro_batch_tokens",
+    "train.compile",
     "train.recompute",
     "train.checkpoint_every_steps",
     "train.checkpoint_every_seconds",
