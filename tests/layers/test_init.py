@@ -53,3 +53,27 @@ def test_values_do_not_drift() -> None:
     """The first draws of one parameter, so that a changed key or generator is seen."""
     drawn = normal(torch.Size([3]), 0, "embedding.weight")
     torch.testing.assert_close(drawn, torch.tensor([-0.9310627, -0.7897388, 0.5678439]), rtol=1e-6, atol=1e-6)
+
+
+def test_in_inference_mode_a_weight_is_converted_once_and_again_where_it_has_changed() -> None:
+    layer, hidden = linear(8, 6, bias=True), torch.randn(5, 8)
+    initialize(layer, 0, num_layers=None)
+
+    def both() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.inference_mode():
+                quick = layer(hidden)
+            return quick.clone(), nn.functional.linear(hidden, layer.weight, layer.bias).detach()
+
+    assert torch.equal(*both())
+    kept = layer._converted
+    assert torch.equal(*both()) and layer._converted is kept
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    assert torch.equal(*both()) and layer._converted is not kept
+    layer.weight.data = torch.randn(6, 8)
+    assert torch.equal(*both())
+    with torch.inference_mode():
+        assert torch.equal(layer(hidden), nn.functional.linear(hidden, layer.weight, layer.bias))
+    layer(hidden).sum().backward()  # what inference made is no hindrance
+    assert layer.weight.grad is not None and set(layer.state_dict()) == {"weight", "bias"}

@@ -16,10 +16,11 @@ from rich.console import Console
 import isoform
 from isoform import cli
 from isoform.config import RunConfig, run_config
+from isoform.data.batches import collate
 from isoform.errors import DataError
 from isoform.reading import merge
-from isoform.serving.predict import CHUNK, predict, read_inputs, with_rate, write_answers
-from isoform.serving.use import open_model
+from isoform.serving.predict import CHUNK, CPU_BATCH_TOKENS, predict, read_inputs, with_rate, write_answers
+from isoform.serving.use import given_document, open_model
 from isoform.storage import read_json, read_jsonl
 from isoform.training.prepare import prepare
 from isoform.training.run import train
@@ -233,3 +234,30 @@ def test_without_a_selection_split_there_is_no_temperature(folder: Path, tmp_pat
     score_all(run, run.model, ["dev"], tmp_path / "made", {})
     about = read_json(tmp_path / "made" / "breakdown.json")
     assert about["temperature"] is None and about["fitted_on"] is None and about["splits"]["dev"]["scaled"] is None
+
+
+def test_bf16_says_what_fp32_says_within_its_rounding(folder: Path) -> None:
+    """Batches of several sizes, weights converted once; then the model is trained further as if nothing had been."""
+    inputs = [text for text, _ in texts(200, seed=3)]
+    wide, narrow = open_model(folder, precision="fp32"), open_model(folder, precision="bf16")
+    exact, rounded = ([answer.probabilities for answer in predict(opened, inputs)] for opened in (wide, narrow))
+    for one, other in zip(exact, rounded, strict=True):
+        assert other == pytest.approx(dict(one), abs=0.02)
+    again = [answer.probabilities for answer in predict(narrow, inputs)]
+    assert again == rounded
+    batch = collate([narrow.objective.view(narrow.objective.encode(given_document(narrow, inputs[0], "input", 1)))])
+    with narrow.autocast():
+        narrow.model(batch).hidden.float().sum().backward()
+    assert any(parameter.grad is not None for parameter in narrow.model.parameters())
+
+
+def test_a_batch_holds_as_much_as_the_caches_of_a_processor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, sizes = open_model(folder), []
+    forward = opened.model.forward
+    monkeypatch.setattr(opened.model, "forward", lambda batch: sizes.append(len(batch.tokens)) or forward(batch))
+    assert len(list(predict(opened, [text for text, _ in texts(CHUNK)]))) == CHUNK
+    assert len(sizes) < 4 and max(sizes) <= CPU_BATCH_TOKENS
+    monkeypatch.setattr("isoform.serving.predict.CPU_BATCH_TOKENS", 100)
+    sizes.clear()
+    list(predict(opened, [text for text, _ in texts(CHUNK)]))
+    assert len(sizes) > 10 and max(sizes) <= 100

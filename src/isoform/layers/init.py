@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from isoform.chance import key64
@@ -13,13 +14,30 @@ from isoform.layers import fused
 
 
 class Linear(nn.Linear):
-    """torch's linear layer, the gradient of whose bias is faster where there are kernels.
+    """torch's linear layer. The gradient of its bias is faster where there are kernels; in inference mode the weight is
+    converted to the precision of autocast once, not at every call.
 
     Shapes: hidden `(..., inputs)`, weight `(outputs, inputs)`, bias `(outputs,)` or None -> `(..., outputs)`.
     """
 
+    _converted: tuple[Tensor, int, Tensor] | None = None
+    # the weight, the version of its values, and these in another precision
+
     def forward(self, hidden: Tensor) -> Tensor:
+        kind = hidden.device.type
+        if torch.is_inference_mode_enabled() and torch.is_autocast_enabled(kind) and not self.weight.is_inference():
+            return F.linear(hidden, self._in(torch.get_autocast_dtype(kind)), self.bias)
         return fused.linear(hidden, self.weight, self.bias)
+
+    def _in(self, dtype: torch.dtype) -> Tensor:
+        """The weight in `dtype`, made again where it has changed."""
+        weight, version = self.weight, self.weight._version
+        kept = self._converted
+        # The tensor that was converted is kept with it, so that no other can stand at its address.
+        fresh = kept is not None and kept[0].data_ptr() == weight.data_ptr() and kept[1] == version
+        if kept is None or not fresh or kept[2].dtype != dtype:
+            kept = self._converted = weight.detach(), version, weight.detach().to(dtype)
+        return kept[2]
 
 
 def linear(inputs: int, outputs: int, *, bias: bool) -> Linear:

@@ -28,6 +28,8 @@ from isoform.storage import json_line, staged_file
 
 # Inputs that are answered together; more only cost memory.
 CHUNK = 512
+# Of a batch on a CPU; what more of them make falls out of its caches.
+CPU_BATCH_TOKENS = 4096
 # Seconds between two looks at the rate.
 LOOK_SECONDS = 1.0
 
@@ -118,9 +120,11 @@ def _decisions(opened: Opened, documents: list[Document]) -> Iterator[Decision |
     objective: Any = opened.objective
     samples = [objective.view(objective.encode(document)) for document in documents]
     found: dict[int, dict[str, Any]] = {}
-    for group in token_batches(list(enumerate(samples)), opened.config.evaluate.batch_tokens):
+    most = opened.config.evaluate.batch_tokens
+    most = min(most, CPU_BATCH_TOKENS) if opened.device.type == "cpu" else most
+    for group in token_batches(list(enumerate(samples)), most):
         batch = collate([sample for _, sample in group]).to(opened.device)
-        with torch.no_grad(), opened.autocast():
+        with torch.inference_mode(), opened.autocast():
             rows = objective.decided(opened.model, batch, opened.model(batch))
         found |= {index: row for (index, _), row in zip(group, rows, strict=True)}
     for index, (document, sample) in enumerate(zip(documents, samples, strict=True)):
