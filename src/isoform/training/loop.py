@@ -21,10 +21,10 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from isoform.checkpoints.folders import kept_tensors, save_model
+from isoform.checkpoints.folders import kept_tensors
 from isoform.checkpoints.randomness import random_streams, restore_random_streams
 from isoform.checkpoints.shards import copy_into, gathered, local_part, whole
-from isoform.checkpoints.state import Loaded, optimizer_state_by_name, restore_optimizer, save_state
+from isoform.checkpoints.state import Loaded, optimizer_state_by_name, restore_optimizer
 from isoform.contracts import RunState
 from isoform.errors import NonFiniteError, OutOfMemoryError
 from isoform.evaluation.evaluate import Evaluation
@@ -35,6 +35,7 @@ from isoform.training.guards import Interrupts
 from isoform.training.logs import RunLog
 from isoform.training.prepare import Prepared
 from isoform.training.progress import Progress
+from isoform.training.saving import Writer
 from isoform.training.sharding import Replica, shard
 from isoform.training.step import LossModule, accumulate, set_rates, trained_parameters
 
@@ -84,6 +85,7 @@ class Loop:
             self.names = trained_parameters(run.model, run.objective)  # others now, under the same names
         else:
             self.module = accelerator.prepare(self.module)
+        self.writer = Writer()
         self.micro_batch_tokens = self.train.micro_batch_tokens
         self.state = RunState()
         self.silent = set(self.names)
@@ -112,7 +114,7 @@ class Loop:
         before = float(self.state.scalars.get("seconds", 0.0))
         self.module.train()
         assert self.run.batch_plan is not None
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts, self.writer:
             for step in self._feed().ahead(self.state.step, self.run.num_steps):
                 began = time.monotonic()
                 totals, counts = self._update(step)
@@ -129,8 +131,8 @@ class Loop:
                     break
                 if improved or self._save_due():
                     self._save()
-        if self._saved_step != self.state.step:
-            self._save()
+            if self._saved_step != self.state.step:
+                self._save()
         if self.replica is not None:
             self.run.model = self.replica.fill(self.run.model)
         return Outcome(self.state, before + time.monotonic() - started, sorted(self.silent))
@@ -320,7 +322,9 @@ class Loop:
         self.state.scalars[folder] = {"step": self.state.step, "metric": metric, "value": value}
         with self._whole_model() as model:
             if self.accelerator.is_main_process:
-                save_model(self.folder / folder, model, self.run.tokenizer)
+                self.writer.model(self.folder / folder, model, self.run.tokenizer, self.state.step)
+                if self.replica is not None:
+                    self.writer.wait()  # before the replica is emptied
         return True
 
     def _patience_over(self) -> bool:
@@ -351,14 +355,10 @@ class Loop:
         with self._whole_model() as model:
             beside = {name: whole(tensor) for name, tensor in companion.items()}
             if self.accelerator.is_main_process:
-                save_state(
-                    self.folder / "checkpoints",
-                    model,
-                    self.run.tokenizer,
-                    self.state,
-                    keep=self.train.keep_checkpoints,
-                    companion=beside,
-                )
+                folder, keep = self.folder / "checkpoints", self.train.keep_checkpoints
+                self.writer.state(folder, model, self.run.tokenizer, self.state, keep, beside)
+                if self.replica is not None:
+                    self.writer.wait()
         self.accelerator.wait_for_everyone()
         self._saved_at = time.monotonic()
         self._saved_step = self.state.step
