@@ -215,3 +215,15 @@ def test_with_and_without_kernels_the_same_falls_out(make_batch: Any, monkeypatc
 def test_what_is_not_finite_is_seen_although_it_falls_out(make_batch: Any) -> None:
     keys, hidden = keys_of(make_batch, [20]), torch.full((20, 32), float("inf"))
     assert not Dropout(0.9)(hidden, keys).isfinite().any()
+
+
+@needs_kernels
+def test_a_sum_of_two_types_without_dropout_is_one_pass() -> None:
+    arm = torch.randn(133, 7).bfloat16().requires_grad_()
+    onto = torch.randn(133, 7, requires_grad=True)
+    ours, plain = Dropout(0.0)(arm, None, onto=onto), onto + arm
+    assert type(ours.grad_fn).__name__ == "_DropBackward" and torch.equal(ours, plain)
+    weights = torch.randn(133, 7)
+    for mine, theirs in zip(*(torch.autograd.grad(y, (arm, onto), weights) for y in (ours, plain)), strict=True):
+        assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
+    assert type(Dropout(0.0)(onto, None, onto=onto).grad_fn).__name__ == "AddBackward0"

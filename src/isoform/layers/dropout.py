@@ -109,7 +109,7 @@ class Dropout(nn.Module):
     def forward(self, hidden: Tensor, keys: Tensor | None, onto: Tensor | None = None) -> Tensor:
         """onto: of the shape of hidden, to which what stays is added."""
         if keys is None or self.rate == 0:
-            return hidden if onto is None else onto + hidden
+            return hidden if onto is None else _summed(hidden, onto)
         if not torch.compiler.is_compiling():
             fast = _in_one_pass(hidden, onto, keys, self.site, self.rate)
             if fast is not None:
@@ -127,11 +127,23 @@ class Dropout(nn.Module):
 # ---------------------------------------------------------------------------------------------------------- the kernel
 
 
-def _in_one_pass(hidden: Tensor, onto: Tensor | None, keys: Tensor, site: int, rate: float) -> Tensor | None:
-    """What `Dropout` makes, by the C++ kernel where it serves; both passes make the mask from the keys again."""
+def _summed(hidden: Tensor, onto: Tensor) -> Tensor:
+    """onto + hidden; of two types torch would convert one first, in a pass of its own."""
+    if hidden.dtype != onto.dtype and hidden.ndim > 1 and not torch.compiler.is_compiling():
+        fast = _in_one_pass(hidden, onto, None, 0, 0.0)
+        if fast is not None:
+            return fast
+    return onto + hidden
+
+
+def _in_one_pass(hidden: Tensor, onto: Tensor | None, keys: Tensor | None, site: int, rate: float) -> Tensor | None:
+    """What `Dropout` makes, by the C++ kernel where it serves; both passes make the mask from the keys again.
+
+    keys: None where all stays.
+    """
     library = serves(hidden, onto, keys)
     dtype = hidden.dtype if onto is None else torch.promote_types(hidden.dtype, onto.dtype)
-    if library is None or hidden.shape[:-1] != keys.shape or not hidden.is_floating_point():
+    if library is None or not hidden.is_floating_point() or (keys is not None and hidden.shape[:-1] != keys.shape):
         return None
     if onto is not None and (onto.dtype != dtype or onto.shape != hidden.shape):
         return None
@@ -145,7 +157,7 @@ class _Drop(torch.autograd.Function):
         ctx: Any,
         hidden: Tensor,
         onto: Tensor | None,
-        keys: Tensor,
+        keys: Tensor | None,
         site: int,
         rate: float,
         dtype: torch.dtype,
@@ -164,14 +176,21 @@ class _Drop(torch.autograd.Function):
 
 
 def _kept(
-    hidden: Tensor, onto: Tensor | None, keys: Tensor, site: int, rate: float, dtype: torch.dtype, library: Library
+    hidden: Tensor,
+    onto: Tensor | None,
+    keys: Tensor | None,
+    site: int,
+    rate: float,
+    dtype: torch.dtype,
+    library: Library,
 ) -> Tensor:
     """onto + hidden keep factor, in `dtype`."""
     hidden, onto = hidden.contiguous(), None if onto is None else onto.contiguous()
     output = torch.empty(hidden.shape, dtype=dtype)
     d = hidden.shape[-1]
-    how = (keys.numel(), d, drop_threshold(rate), kept_inverse(rate), torch.get_num_threads())
-    library.call("drop", (hidden.dtype, dtype), hidden, onto, output, keys.contiguous(), site, _hashes_on_cpu(d), *how)
+    masked = (None, 0, None) if keys is None else (keys.contiguous(), site, _hashes_on_cpu(d))
+    how = (hidden.numel() // max(1, d), d, drop_threshold(rate), kept_inverse(rate), torch.get_num_threads())
+    library.call("drop", (hidden.dtype, dtype), hidden, onto, output, *masked, *how)
     return output
 
 

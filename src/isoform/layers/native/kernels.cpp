@@ -186,7 +186,7 @@ inline uint64_t mix64(uint64_t key) {
     return key ^ (key >> 31);
 }
 
-// y = residual + x keep factor, keep being `keep_mask` of `dropout.py`; residual may be absent.
+// y = residual + x keep factor, keep being `keep_mask` of `dropout.py`; residual may be absent, and keys: all stays.
 template <class X, class Y>
 void drop(const X* x, const Y* residual, Y* y, const int64_t* keys, int64_t site, const int32_t* columns, int64_t n,
           int64_t d, int32_t threshold, float factor, int threads) {
@@ -195,6 +195,13 @@ void drop(const X* x, const Y* residual, Y* y, const int64_t* keys, int64_t site
         const float stays = factor;  // of this function: loops that read it from the closure do not become vectors
         uint32_t bits[PAIRS];
         int16_t lanes[2 * PAIRS];
+        if (!keys) {
+            if (residual)
+                for (int64_t i = begin * d; i < end * d; i++) store(y + i, wide(residual[i]) + wide(x[i]));
+            else
+                for (int64_t i = begin * d; i < end * d; i++) store(y + i, wide(x[i]));
+            return;
+        }
         for (int64_t row = begin; row < end; row++) {
             const uint64_t key = mix64(uint64_t(keys[row]) ^ uint64_t(site));
             const uint32_t low = uint32_t(key), high = uint32_t(key >> 32) | 1u;
