@@ -154,6 +154,15 @@ def test_the_package_serves_where_torch_was_built_without(gpu, monkeypatch):
     assert gpu == ["package"]
 
 
+def test_what_attends_is_told(gpu, monkeypatch):
+    device = torch.device("cuda")
+    assert varlen.kernel_of(device) == "attention in blocks", "no GPU is here"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert varlen.kernel_of(device) == "torch's flash attention"
+    monkeypatch.setattr(varlen, "has_torch_kernel", lambda: False)
+    assert varlen.kernel_of(device) == "flash-attn"
+
+
 @pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_it_is_for_gpus_from_ampere_on(monkeypatch, capability, served):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)

@@ -16,13 +16,16 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
 
 from isoform.checkpoints.folders import weights_file
 from isoform.config import run_config
 from isoform.errors import ConfigError
+from isoform.layers.compiled import blocks
 from isoform.storage import read_json, read_jsonl, remove, write_json
 from isoform.training import run as run_module
 from isoform.training import sharding
+from isoform.training.loop import Loop
 from isoform.training.run import train
 
 # Accelerate shards on GPUs alone; here its state is told that these ranks are such.
@@ -42,8 +45,7 @@ def sharded(monkeypatch) -> None:
     def make(precision="fp32"):
         accelerator = plain(precision)
         accelerator.state.distributed_type = DistributedType.FSDP
-        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
-        accelerator.state.fsdp_plugin = plugin
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
         sharding.check(accelerator)
         return accelerator
 
@@ -124,7 +126,11 @@ def test_a_sharded_run_is_evaluated_saved_and_resumed_like_any_other(make, tmp_p
     config = run_config({**causal(make).model_dump(mode="json"), **changes})
     one = train(config, tmp_path / "one", quiet=True)
     sharded(monkeypatch)
+    loops, feed = [], Loop._feed
+    monkeypatch.setattr(Loop, "_feed", lambda loop: loops.append(loop) or feed(loop))
     train(config, tmp_path / "fsdp", quiet=True)
+    module = loops[0].module
+    assert len(blocks(module)) == 2 and all(isinstance(part, FSDPModule) for part in (module, *blocks(module)))
     assert_alike(one.folder, tmp_path / "fsdp")
     back_to_step(shutil.copytree(tmp_path / "fsdp", tmp_path / "resumed"), 2)
     train(config, tmp_path / "resumed", resume=True, quiet=True)

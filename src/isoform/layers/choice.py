@@ -20,7 +20,7 @@ from torch.nn import functional
 from isoform import machine
 from isoform.contracts import Sequences
 from isoform.errors import ConfigError
-from isoform.layers import fused, kernels
+from isoform.layers import fused, kernels, varlen
 from isoform.layers.block import Block, SelfAttention, Stream
 from isoform.layers.dropout import mix64
 from isoform.layers.init import initialize
@@ -157,7 +157,7 @@ def _kept(recorded: Mapping[str, Any]) -> dict[str, Any]:
 def _native(precision: str, device: torch.device, shapes: Several[Shape]) -> tuple[str, float | None, str]:
     """Kind, speedup, why."""
     if device.type != "cpu":
-        return PLAIN, None, f"they are for processors, this runs on {device.type}"
+        return PLAIN, None, f"they are for processors, this runs on {device.type} with {varlen.kernel_of(device)}"
     library = kernels.library()
     if library is None:
         return PLAIN, None, kernels.why_plain()

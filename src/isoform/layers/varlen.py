@@ -69,6 +69,13 @@ def attention(
     return output[..., :width] if missing else output
 
 
+def kernel_of(device: torch.device) -> str:
+    """In words what attends there, for whoever records it."""
+    if device.type != "cuda" or not torch.cuda.is_available() or not is_served(device):
+        return "attention in blocks"
+    return "torch's flash attention" if has_torch_kernel() else "flash-attn" if has_package() else "attention in blocks"
+
+
 def is_served(device: torch.device) -> bool:
     """Whether the device is a GPU for which flash attention is written."""
     return (

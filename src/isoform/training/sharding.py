@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
+from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
 from isoform.checkpoints.shards import whole
 from isoform.errors import ConfigError
@@ -28,8 +29,9 @@ def check(accelerator: Accelerator) -> None:
             raise ConfigError(
                 "accelerate launch: FSDP version 1 given, which knows no single parameters; add --fsdp_version 2"
             )
-        # Every rank makes the same weights by itself.
-        accelerator.state.fsdp_plugin.cpu_ram_efficient_loading = False
+        plugin = accelerator.state.fsdp_plugin
+        plugin.auto_wrap_policy = plugin.auto_wrap_policy or transformer_auto_wrap_policy
+        plugin.cpu_ram_efficient_loading = False  # every rank makes the same weights by itself
     elif kind in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
         raise ConfigError(
             f"accelerate launch: {kind.value} given; use --use_fsdp --fsdp_version 2, or --multi_gpu for a whole "
