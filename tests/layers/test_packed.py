@@ -56,3 +56,13 @@ def test_zeros_are_no_trouble(kind):
     expected = torch.zeros(2, 20)
     expected[1, 3] = 80.0
     torch.testing.assert_close(Packed(library, weight, None, kind)(states), expected, rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_no_number_is_not_hidden(kind, value):
+    torch.manual_seed(0)
+    weight, states = torch.randn(20, 40), torch.randn(3, 40)
+    states[1, 7] = value
+    output = Packed(library, weight, None, kind)(states)
+    assert output.isfinite().all(dim=1).tolist() == [True, False, True]

@@ -57,6 +57,29 @@ inline floats as_floats(words bits) { return std::bit_cast<floats>(bits); }
     return total;
 }
 
+// The largest |x|; NaN where there is one.
+inline float widest(const float* x, int64_t count) {
+    floats most = {};
+    words lost = {};
+    int64_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        const floats here = *reinterpret_cast<const floats*>(x + i), size = here < 0.0f ? -here : here;
+        most = size > most ? size : most;
+        lost |= here != here;
+    }
+    float largest = 0.0f;
+    bool none = false;
+    for (int lane = 0; lane < 16; lane++) {
+        largest = most[lane] > largest ? most[lane] : largest;
+        none = none || lost[lane] != 0;
+    }
+    for (; i < count; i++) {
+        largest = std::fabs(x[i]) > largest ? std::fabs(x[i]) : largest;
+        none = none || x[i] != x[i];
+    }
+    return none ? NAN : largest;
+}
+
 // n rows as the products read them: floats, or on tiles two layers whose sum they are; zeros below and to the right.
 class Rows {
 public:
@@ -102,12 +125,12 @@ private:
     // x = scale (256 high + low), both from -128 to 127
     void split_int8(const float* x, int64_t row) {
         constexpr float MOST = 127 * 256 + 127;
-        float most = 0.0f;
-        for (int64_t i = 0; i < stride; i++) most = std::max(most, std::fabs(x[i]));
+        const float most = widest(x, stride);
         scales_[size_t(row)] = most / MOST;
         const float inverse = most > 0.0f ? MOST / most : 0.0f;
         int8_t *high = const_cast<int8_t*>(this->high<int8_t>(row)), *low = const_cast<int8_t*>(this->low<int8_t>(row));
-        for (int64_t i = 0; i < stride; i++) {
+        const int64_t count = stride;  // bytes written may be anything, also this object's
+        for (int64_t i = 0; i < count; i++) {
             const int32_t whole = int32_t(std::nearbyint(x[i] * inverse)), upper = (whole + 128) >> 8;
             high[i] = int8_t(upper);
             low[i] = int8_t(whole - 256 * upper);
@@ -124,30 +147,31 @@ private:
 
 // A row's words, padded, to where they stand.
 inline void spread(const Matrix& to, const uint32_t* row_words, int64_t row, uint8_t* out) {
-    const int64_t panel = row % SLAB / PANEL, step = to.together() * 64;
+    const int64_t panel = row % SLAB / PANEL, step = to.together() * 64, stream = to.stream();
+    const int64_t blocks = to.padded() / to.block();
     uint8_t* begin = out + to.place(row / SLAB, panel, 0, 0) + row % PANEL * 4;
-    for (int64_t block = 0; block < to.padded() / to.block(); block++)
+    for (int64_t block = 0; block < blocks; block++)
         for (int64_t i = 0; i < STREAMS; i++)
-            std::memcpy(begin + i * to.stream() + block * step, row_words + block * STREAMS + i, 4);
+            std::memcpy(begin + i * stream + block * step, row_words + block * STREAMS + i, 4);
 }
 
 inline void pack_bf16(const Matrix& to, const float* weight, int64_t row, uint8_t* out) {
     std::vector<bf16> values(size_t(to.padded()), bf16{0});
-    for (int64_t c = 0; row < to.rows && c < to.columns; c++) store(&values[size_t(c)], weight[row * to.columns + c]);
+    const int64_t columns = row < to.rows ? to.columns : 0;
+    const float* in = weight + row * columns;
+    for (int64_t c = 0; c < columns; c++) store(values.data() + c, in[c]);
     spread(to, reinterpret_cast<const uint32_t*>(values.data()), row, out);
 }
 
 // Symmetric, one scale for each row: w = scale q, q from -127 to 127.
 inline void pack_int8(const Matrix& to, const float* weight, int64_t row, uint8_t* out, float* scales) {
     std::vector<int8_t> values(size_t(to.padded()), 0);
-    if (row < to.rows) {
-        const float* in = weight + row * to.columns;
-        float most = 0.0f;
-        for (int64_t c = 0; c < to.columns; c++) most = std::fabs(in[c]) > most ? std::fabs(in[c]) : most;
-        const float inverse = most > 0.0f ? 127.0f / most : 0.0f;
-        scales[row] = most / 127.0f;
-        for (int64_t c = 0; c < to.columns; c++) values[size_t(c)] = int8_t(std::nearbyint(in[c] * inverse));
-    }
+    const int64_t columns = row < to.rows ? to.columns : 0;
+    const float* in = weight + row * columns;
+    const float most = widest(in, columns), inverse = most > 0.0f ? 127.0f / most : 0.0f;
+    if (row < to.rows) scales[row] = most / 127.0f;
+    int8_t* place = values.data();
+    for (int64_t c = 0; c < columns; c++) place[c] = int8_t(int32_t(std::nearbyint(in[c] * inverse)));
     spread(to, reinterpret_cast<const uint32_t*>(values.data()), row, out);
 }
 
@@ -162,13 +186,22 @@ struct Target {
 
     // 16 outputs of a row, as far as the matrix has so many; its scales and bias come to them here.
     void keep(const Matrix& w, int64_t row, int64_t first, floats values) const {
-        const int64_t count = std::min(PANEL, w.rows - first);  // none where padding begins
         float* out = place + row * stride + first;
-        for (int64_t i = 0; i < count; i++) {
-            const float scaled = w.scales ? values[i] * w.scales[first + i] : values[i];
-            const float value = w.bias ? scaled + w.bias[first + i] : scaled;
-            out[i] = way == WRITE ? value : way == ADD ? out[i] + value : out[i] * value;
-        }
+        const int64_t count = std::min(PANEL, w.rows - first);
+        if (count == PANEL)
+            keep_all(w, out, first, values);
+        else
+            for (int64_t i = 0; i < count; i++) {  // none where padding begins
+                const float scaled = w.scales ? values[i] * w.scales[first + i] : values[i];
+                const float value = w.bias ? scaled + w.bias[first + i] : scaled;
+                out[i] = way == WRITE ? value : way == ADD ? out[i] + value : out[i] * value;
+            }
+    }
+    void keep_all(const Matrix& w, float* out, int64_t first, floats values) const {
+        if (w.scales) values *= *reinterpret_cast<const floats*>(w.scales + first);
+        if (w.bias) values += *reinterpret_cast<const floats*>(w.bias + first);
+        floats& there = *reinterpret_cast<floats*>(out);
+        there = way == WRITE ? values : way == ADD ? there + values : there * values;
     }
 };
 
