@@ -125,6 +125,7 @@ ADAPTER = {"adapter": {"kind": "lora", "rank": 2, "targets": ["query", "up"]}}
 def test_a_sharded_run_is_evaluated_saved_and_resumed_like_any_other(make, tmp_path, monkeypatch, one_rank, changes):
     config = run_config({**causal(make).model_dump(mode="json"), **changes})
     one = train(config, tmp_path / "one", quiet=True)
+    plain = run_module._accelerator
     sharded(monkeypatch)
     loops, feed = [], Loop._feed
     monkeypatch.setattr(Loop, "_feed", lambda loop: loops.append(loop) or feed(loop))
@@ -136,6 +137,10 @@ def test_a_sharded_run_is_evaluated_saved_and_resumed_like_any_other(make, tmp_p
     train(config, tmp_path / "resumed", resume=True, quiet=True)
     whole, resumed = weights(tmp_path / "fsdp"), weights(tmp_path / "resumed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    back_to_step(shutil.copytree(tmp_path / "fsdp", tmp_path / "alone"), 2)
+    monkeypatch.setattr(run_module, "_accelerator", plain)
+    train(config, tmp_path / "alone", resume=True, quiet=True)
+    assert_alike(tmp_path / "fsdp", tmp_path / "alone")
 
 
 def assert_alike(one: Path, other: Path) -> None:
