@@ -82,9 +82,10 @@ def _measured(run: Prepared, accelerator: Accelerator) -> Choice:
         if expected < WORTH_SECONDS:
             return False, None, f"about {expected:.0f} s of training are too few to repay it"
         speedup = _agreed(machine.remembered(CACHE, _key(run), lambda: _speedup(run.model, first)), accelerator)
-    except Exception as error:  # of the compiler, whatever it is: a run goes on without
-        return False, None, f"torch.compile failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    except Exception as error:  # of the compiler or of too little memory, whatever it is: a run goes on without
+        return False, None, f"not measured: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
+        first.module.zero_grad(set_to_none=True)
         restore_random_streams(rng)
     if speedup < WORTHWHILE_RATIO:
         return False, speedup, f"compiled blocks reach {speedup:.2f} times the speed of those that are not"
