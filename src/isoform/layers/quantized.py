@@ -2,8 +2,8 @@
 
     y = s_x s_w (q_x . q_w) + bias        q_w = round(w / s_w), s_w = max |w| / 127 of each output channel
 
-Activations get their scale at every pass, s_x of each row: where rows are few in 15 bits on our kernel, which reads the
-weights once, and otherwise in 8 bits, s_x = max |x| / 127, by torch's integer product.
+Activations get their scale at every pass, s_x of each row: in 15 bits where there are C++ kernels, otherwise in 8 bits,
+s_x = max |x| / 127, by torch's integer product.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from isoform.layers import kernels
+from isoform.layers.decoding import Packed
 from isoform.layers.lora import LowRankLinear
 
 
@@ -31,6 +33,10 @@ class Int8Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
         weight = (linear.merged() if isinstance(linear, LowRankLinear) else linear.weight).detach().float()
+        library = kernels.serves(weight)
+        self.packed = None if library is None else Packed(library, weight, linear.bias, "int8")
+        if self.packed is not None:
+            return
         scales = weight.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         self.register_buffer("weight", (weight / scales[:, None]).round().to(torch.int8), persistent=False)
         self.register_buffer("scales", scales, persistent=False)
@@ -40,6 +46,8 @@ class Int8Linear(nn.Module):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         rows = hidden.reshape(-1, self.in_features)
+        if self.packed is not None:
+            return self.packed(rows).to(dtype).view(*hidden.shape[:-1], self.out_features)
         scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny) / 127
         whole = torch._int_mm((rows / scale).round().to(torch.int8), self.weight.t())
         output = whole.float() * scale * self.scales
