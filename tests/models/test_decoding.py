@@ -107,6 +107,16 @@ def test_what_the_kernel_does_not_know_the_model_does():
         assert torch.equal(fast(read, cache=fast.new_cache(1)).hidden, model(read, cache=model.new_cache(1)).hidden)
 
 
+@pytest.mark.parametrize("parts", [{}, {"feedforward": {"kind": "moe", "experts": 2, "active": 1}}])
+def test_eight_bits_are_kept_to_whatever_the_model_is_made_of(parts):
+    model = widened(Llama.tiny(**parts))
+    first = model.blocks[0].attention.qkv.weight.clone()
+    read = reading(model, int8=True)
+    assert isinstance(read, FastDecoder) or not isinstance(read.blocks[0].attention.qkv, torch.nn.Linear)
+    assert generate(read, prompts([3, 8])) == generate(model, prompts([3, 8]), int8=True)
+    assert torch.equal(first, model.blocks[0].attention.qkv.weight)
+
+
 def prompts(lengths: list[int]) -> list[Prompt]:
     rng = np.random.default_rng(7)
     return [Prompt(f"p{i}", rng.integers(61, size=n).astype(np.int32), (5,), 12, "") for i, n in enumerate(lengths)]

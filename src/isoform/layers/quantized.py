@@ -18,6 +18,9 @@ from isoform.layers import kernels
 from isoform.layers.decoding import Packed
 from isoform.layers.lora import LowRankLinear
 
+# Fewer are refused by CUDA's integer product.
+LEAST_ROWS = 17
+
 
 class Int8Linear(nn.Module):
     """A linear layer whose weights are int8; it learns nothing.
@@ -49,7 +52,9 @@ class Int8Linear(nn.Module):
         if self.packed is not None:
             return self.packed(rows).to(dtype).view(*hidden.shape[:-1], self.out_features)
         scale = rows.abs().amax(dim=1, keepdim=True).float().clamp(min=torch.finfo(torch.float32).tiny) / 127
-        whole = torch._int_mm((rows / scale).round().to(torch.int8), self.weight.t())
+        few = max(0, LEAST_ROWS - len(rows))
+        codes = nn.functional.pad((rows / scale).round().to(torch.int8), (0, 0, 0, few))
+        whole = torch._int_mm(codes, self.weight.t())[: len(rows)]
         output = whole.float() * scale * self.scales
         if self.bias is not None:
             output = output + self.bias
