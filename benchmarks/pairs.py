@@ -115,10 +115,12 @@ def measure(work: Work, setting: Setting, rounds: int, say: Callable[[str], None
     names = list(work.sides)
     reports: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     with tempfile.TemporaryDirectory() as folder:
+        say(f"{work.name}: making what all {len(names)} sides start from")
         run_child(work, "prepare", Path(folder), setting)
         for number in range(rounds):
             shift = number % len(names)
             for name in names[shift:] + names[:shift]:
+                say(f"{work.name}, round {number + 1} of {rounds}: {name} begins")
                 report = run_child(work, name, Path(folder), setting)
                 reports[name].append(report)
                 say(f"{work.name}, round {number + 1} of {rounds}: {name} {speed(work, rate(report))}")
