@@ -15,7 +15,7 @@ from typing import Any
 from benchmarks.pairs import OURS, Done, Setting, Side, Work, builtin, near
 
 RECIPE, STAGE = "birthplaces", "pretrain"
-STEPS, WARM, CHECKED = 60, 10, 20
+STEPS, WARM, CHECKED = 40, 5, 10
 QUICK_STEPS, QUICK_WARM, QUICK_CHECKED = 8, 2, 4
 QUICK_LINES = 120
 PADDED, SHORTEST = "plain PyTorch, fp32, padded to 128", "plain PyTorch, fp32, padded to the longest"
