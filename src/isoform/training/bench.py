@@ -47,7 +47,7 @@ _OWNERS = {
     "loss": ("_Nats", "log_softmax", "LogSoftmax", "nll_loss", "NllLoss", "cross_entropy", "mse_loss"),
 }
 _PRODUCTS = {"aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::matmul", "aten::linear", "aten::_mkldnn"}
-_OWN_KERNELS = ("_Norm", "_Gated", "_Rotate")
+_OWN_KERNELS = ("_Norm", "_Gated", "_Rotate", "_Drop", "_Biased")
 
 
 def bench(config: RunConfig, seconds: float = DEFAULT_SECONDS) -> dict[str, Any]:
@@ -148,7 +148,7 @@ def group_of(event: Any) -> str:
             if any(part in caller.name for part in parts):
                 return group
         caller = caller.cpu_parent
-    if event.name in _PRODUCTS or "mkldnn_linear" in event.name:
+    if event.name in _PRODUCTS or "mkldnn_linear" in event.name or event.name.startswith("_Linear"):
         return "matrix products"
     own = event.name.startswith("aten::") or any(part in event.name for part in _OWN_KERNELS)
     return "norms and elementwise" if own else "other"
