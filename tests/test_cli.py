@@ -269,8 +269,10 @@ def test_train_predict_eval_generate_report_and_doctor_speak_json(monkeypatch, c
     code, out, _ = run(monkeypatch, capsys, "eval", "run", "--data", "pairs.tsv", "--json")
     assert code == 0 and json.loads(out)[0]["n"] == 40
 
-    code, out, _ = run(monkeypatch, capsys, "generate", "run", "--prompt", "What is", "--max-new-tokens", "5", "--json")
-    assert code == 0 and json.loads(out).keys() == {"prompt", "text"}
+    asked = ["--prompt", "What is", "--max-new-tokens", "5", "--json"]
+    for more in ([], ["--int8"]):
+        code, out, _ = run(monkeypatch, capsys, "generate", "run", *asked, *more)
+        assert code == 0 and json.loads(out).keys() == {"prompt", "text"}
 
     code, out, _ = run(monkeypatch, capsys, "report", "run", "--to", "md", "--json")
     assert code == 0 and Path(json.loads(out)["path"]).read_text().startswith("#")
