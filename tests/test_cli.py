@@ -269,6 +269,12 @@ def test_train_predict_eval_generate_report_and_doctor_speak_json(monkeypatch, c
     code, out, _ = run(monkeypatch, capsys, "eval", "run", "--data", "pairs.tsv", "--json")
     assert code == 0 and json.loads(out)[0]["n"] == 40
 
+    code, out, _ = run(monkeypatch, capsys, "eval", "run", "--data", "pairs.tsv", "--int8", "--json")
+    for row in json.loads(out):
+        assert row["change"] == row["value_int8"] - row["value"]
+    code, out, _ = run(monkeypatch, capsys, "eval", "run", "--data", "pairs.tsv", "--int8")
+    assert code == 0 and "in int8" in out and "change" in out
+
     asked = ["--prompt", "What is", "--max-new-tokens", "5", "--json"]
     for more in ([], ["--int8"]):
         code, out, _ = run(monkeypatch, capsys, "generate", "run", *asked, *more)

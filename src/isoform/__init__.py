@@ -135,15 +135,31 @@ def run_folder(config: Config, *, set: Sequence[str] = (), out: str | Path | Non
 
 
 def evaluate(
-    model: str | Path, *, data: str | None = None, split: str | None = None, metrics: Sequence[str] | None = None
+    model: str | Path,
+    *,
+    data: str | None = None,
+    split: str | None = None,
+    metrics: Sequence[str] | None = None,
+    int8: bool = False,
 ) -> list[dict[str, Any]]:
     """Metrics with intervals of a run or model: on a source, or on one of the run's own splits (default: test).
 
-    Returns: rows of {metric, split, value, n, low, high}.
+    int8: also from weights of 8 bits, to see what they cost.
+
+    Returns: rows of {metric, split, value, n, low, high}, and with int8 of {value_int8, change}.
     """
     from isoform.serving.use import open_model, score
 
-    return score(open_model(model), data, split=split, metrics=list(metrics) if metrics else None, cache=_cache()).rows
+    def rows(narrow: bool) -> list[dict[str, Any]]:
+        asked = list(metrics) if metrics else None
+        return score(open_model(model, int8=narrow), data, split=split, metrics=asked, cache=_cache()).rows
+
+    found = rows(False)
+    if int8:
+        for row, other in zip(found, rows(True), strict=True):
+            row["value_int8"] = other["value"]
+            row["change"] = None if None in (row["value"], other["value"]) else other["value"] - row["value"]
+    return found
 
 
 def _cache() -> Path:
@@ -152,12 +168,15 @@ def _cache() -> Path:
     return cache_folder()
 
 
-def predict(model: str | Path, inputs: str | Iterable[str]) -> list[dict[str, Any]]:
-    """One object an input, in order: {input, answer}; of classifiers {input, label, probabilities}, {tokens, tags}."""
+def predict(model: str | Path, inputs: str | Iterable[str], *, int8: bool = False) -> list[dict[str, Any]]:
+    """One object an input, in order: {input, answer}; of classifiers {input, label, probabilities}, {tokens, tags}.
+
+    int8: from weights of 8 bits; `evaluate` tells what they cost.
+    """
     from isoform.serving.predict import predict as answer
     from isoform.serving.use import open_model, tell_unknown
 
-    answers = list(answer(open_model(model), [inputs] if isinstance(inputs, str) else inputs))
+    answers = list(answer(open_model(model, int8=int8), [inputs] if isinstance(inputs, str) else inputs))
     tell_unknown(sum(prediction.num_unknown for prediction in answers))
     return [prediction.as_dict() for prediction in answers]
 

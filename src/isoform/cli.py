@@ -94,6 +94,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option("--data", help="A source: file, folder, hf:..., builtin:...")] = None,
     split: Split = None,
     metric: Annotated[list[str] | None, typer.Option("--metric", help="May be repeated; default: the run's.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Also with weights of 8 bits: what they cost.")] = False,
     as_json: Json = False,
 ) -> None:
     """Metrics with intervals on a source, or on a split of the run."""
@@ -101,7 +102,7 @@ def evaluate(
     import isoform
     from isoform.studies.listings import print_rows
 
-    rows = isoform.evaluate(model, data=data, split=split, metrics=metric)
+    rows = isoform.evaluate(model, data=data, split=split, metrics=metric, int8=int8)
     _print_json(rows) if as_json else print_rows(rows, _console())
 
 
@@ -113,6 +114,7 @@ def predict(
         Path | None, typer.Option("--in", help="A file with one input a line, or csv, tsv, jsonl.")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="Write .csv or .jsonl instead of a table.")] = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Weights of 8 bits; `eval --int8` tells their cost.")] = False,
     as_json: Json = False,
 ) -> None:
     """Answers or labels for new inputs, in order."""
@@ -124,7 +126,7 @@ def predict(
     from isoform.serving.use import open_model
     from isoform.studies.listings import print_answers
 
-    opened = open_model(model)
+    opened = open_model(model, int8=int8)
     answers = answer(opened, texts or read_inputs(opened, source))
     if out is not None:
         began = time.monotonic()

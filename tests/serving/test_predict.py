@@ -18,6 +18,7 @@ from isoform import cli
 from isoform.config import RunConfig, run_config
 from isoform.data.batches import collate
 from isoform.errors import DataError
+from isoform.layers.quantized import Int8Linear
 from isoform.reading import merge
 from isoform.serving.predict import CHUNK, CPU_BATCH_TOKENS, predict, read_inputs, with_rate, write_answers
 from isoform.serving.use import given_document, open_model
@@ -261,3 +262,17 @@ def test_a_batch_holds_as_much_as_the_caches_of_a_processor(folder: Path, monkey
     sizes.clear()
     list(predict(opened, [text for text, _ in texts(CHUNK)]))
     assert len(sizes) > 10 and max(sizes) <= 100
+
+
+def test_weights_of_eight_bits_say_nearly_the_same_and_hold_for_scores_too(folder: Path) -> None:
+    inputs = [text for text, _ in texts(40, seed=5)]
+    plain, narrow = isoform.predict(folder, inputs), isoform.predict(folder, inputs, int8=True)
+    gaps = [
+        abs(one["probabilities"][label] - other["probabilities"][label])
+        for one, other in zip(plain, narrow, strict=True)
+        for label in one["probabilities"]
+    ]
+    assert 0 < max(gaps) < 0.05
+    opened = open_model(folder, int8=True)
+    assert any(isinstance(layer, Int8Linear) for layer in opened.scoring.modules())
+    assert not any(isinstance(layer, Int8Linear) for layer in opened.model.modules())

@@ -27,6 +27,8 @@ MIN_ROWS = 256
 MIN_QUERIES = 8
 # The scores of 32 queries with so many keys fit into a second-level cache; wider heads do not fill up to 32 channels.
 MAX_KEYS, MAX_HEAD_WIDTH = 8192, 256
+# Gradients of learned scores are kept for each sequence, as long as the longest: 128 MB of them.
+MAX_LEANS = 1 << 25
 
 
 # -------------------------------------------------------------------------------------------------------- normalisation
@@ -318,11 +320,15 @@ def attention(
         or queries.max_length < MIN_QUERIES
         or keys.max_length > MAX_KEYS
         or query.shape[-1] > MAX_HEAD_WIDTH
+        or len(queries) != len(keys)
+        or any(seen == 0 < asking for asking, seen in zip(queries.lengths, keys.lengths, strict=True))
         or (queries.prefixes and window is not None)
         or (dropout is not None and causal and queries.lengths != keys.lengths)
     ):
         return None
     reach = max(queries.max_length, keys.max_length)
+    if relative is not None and len(queries) * query.shape[1] * (2 * reach + 1) > MAX_LEANS:
+        return None
     lean = None if relative is None else relative.line(reach)
     if slopes is not None:
         slanted = _slanted(slopes, reach)

@@ -125,7 +125,7 @@ def _decisions(opened: Opened, documents: list[Document]) -> Iterator[Decision |
     for group in token_batches(list(enumerate(samples)), most):
         batch = collate([sample for _, sample in group]).to(opened.device)
         with torch.inference_mode(), opened.autocast():
-            rows = objective.decided(opened.model, batch, opened.model(batch))
+            rows = objective.decided(opened.scoring, batch, opened.scoring(batch))
         found |= {index: row for (index, _), row in zip(group, rows, strict=True)}
     for index, (document, sample) in enumerate(zip(documents, samples, strict=True)):
         unknown = count_unknown(opened, sample.tokens)
@@ -145,6 +145,7 @@ def _answers(opened: Opened, documents: list[Document]) -> Iterator[Answer]:
         beams=opened.config.evaluate.beams,
         device=opened.device,
         autocast=opened.autocast,
+        int8=opened.int8,
     )
     for document, prompt, generation in zip(documents, prompts, generations, strict=True):
         said = opened.tokenizer.decode(generation.tokens)

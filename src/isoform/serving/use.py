@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from isoform.evaluation.evaluate import Evaluation, evaluate
 from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, reading, text_stream
 from isoform.layers import choice
 from isoform.layers.choice import Shape
+from isoform.layers.quantized import in_int8
 from isoform.registry import component
 from isoform.storage import locked, read_json, write_json
 from isoform.text.chat import chat_tokens, closing_ids
@@ -46,7 +48,14 @@ class Opened:
     autocast: Callable[[], AbstractContextManager[Any]]
     stop: tuple[int, ...]
     # ids that end a text
+    int8: bool = False
+    # whether labels, answers and scores come from weights of 8 bits
     readings: dict[bool, Any] = field(default_factory=dict)
+
+    @cached_property
+    def scoring(self) -> Any:
+        """The model as labels and losses read it."""
+        return in_int8(self.model) if self.int8 else self.model
 
     def reading(self, *, int8: bool = False) -> Any:
         """The model as decoding reads it, made once: its weights do not change."""
@@ -55,9 +64,13 @@ class Opened:
         return self.readings[int8]
 
 
-def open_model(path: str | Path, *, precision: str | None = None, max_tokens: int | None = None) -> Opened:
+def open_model(
+    path: str | Path, *, precision: str | None = None, max_tokens: int | None = None, int8: bool = False
+) -> Opened:
     """Opens a run folder or a model folder; a model that no run trained is taken as a language model,
     causal or masked, or from text to text, as its family is.
+
+    int8: labels, answers and scores come from weights of 8 bits.
 
     Raises: CheckpointError, ConfigError.
     """
@@ -93,7 +106,8 @@ def open_model(path: str | Path, *, precision: str | None = None, max_tokens: in
         dtype = torch.float16 if chosen == "fp16" else torch.bfloat16
         return contextlib.nullcontext() if chosen == "fp32" else torch.autocast(device.type, dtype)
 
-    return Opened(Path(path), loaded.model, loaded.tokenizer, objective, config, device, autocast, _stop(loaded))
+    stop = _stop(loaded)
+    return Opened(Path(path), loaded.model, loaded.tokenizer, objective, config, device, autocast, stop, int8)
 
 
 def _stop(loaded: LoadedModel) -> tuple[int, ...]:
@@ -147,7 +161,7 @@ def score(
         keep_documents=True,
     )
     evaluation = evaluate(
-        opened.model,
+        opened.scoring,
         opened.objective,
         dataset,
         split=shown,

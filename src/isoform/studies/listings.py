@@ -29,12 +29,15 @@ class Answered(Protocol):
 
 def print_rows(rows: Sequence[dict[str, Any]], console: Console) -> None:
     """Rows of eval.json."""
-    heads = ["metric", "split", "value", "low", "high", "n"]
+    columns = {"value": "value", "low": "low", "high": "high"}
+    if any("value_int8" in row for row in rows):
+        columns |= {"value_int8": "in int8", "change": "change"}
+    heads = ["metric", "split", *columns.values(), "n"]
     cells = [
         [
             str(row["metric"]),
             str(row["split"]),
-            *(wording.value_text(row.get(key), str(row["metric"])) for key in ("value", "low", "high")),
+            *(wording.value_text(row.get(key), str(row["metric"])) for key in columns),
             wording.count_text(row.get("n")),
         ]
         for row in rows
