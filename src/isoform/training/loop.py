@@ -85,7 +85,7 @@ class Loop:
             self.names = trained_parameters(run.model, run.objective)  # others now, under the same names
         else:
             self.module = accelerator.prepare(self.module)
-        self.writer = Writer()
+        self.writer = Writer(log.event)
         self.micro_batch_tokens = self.train.micro_batch_tokens
         self.state = RunState()
         self.silent = set(self.names)
@@ -125,6 +125,7 @@ class Loop:
                 self.state.scalars["seconds"] = before + time.monotonic() - started
                 if interrupts.requested is not None:
                     self._save()
+                    self.writer.wait()
                     raise interrupts.stopped(f"stopped at step {self.state.step} of {self.run.num_steps}, saved")
                 if self._patience_over():
                     self.log.event("early-stop", step=self.state.step)

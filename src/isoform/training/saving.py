@@ -1,11 +1,13 @@
 """Checkpoints written while training goes on: from a copy, by a thread, one step at a time.
 
 What takes long is waiting for the disk, not the copy. Nothing is lost by it: a folder appears whole or not at all, in
-the order in which they were asked for, and the loop ends when all of them are there.
+the order in which they were asked for, and the loop ends when all of them are there. After one that failed none
+follows: a training state may name a best model only where that is on the disk.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,15 +22,22 @@ from isoform import machine
 from isoform.checkpoints.folders import save_model
 from isoform.checkpoints.state import save_state
 from isoform.contracts import RunState, Tokenizer
+from isoform.errors import DiskError
 
 # A copy of weights and optimiser may take so much of the machine's memory; where it is larger, the loop waits.
 COPY_FRACTION = 1 / 16
 
 
 class Writer:
-    """Writes models and training states. Raises: DiskError of an earlier one at the next, or at the end."""
+    """Writes models and training states. Raises: DiskError of an earlier one at the next, or at the end.
 
-    def __init__(self) -> None:
+    on_event: told as `on_event("checkpoint-lost", problem=...)` of what failed while another error ended the run.
+    """
+
+    def __init__(self, on_event: Callable[..., None]) -> None:
+        self._on_event = on_event
+        self._failed: BaseException | None = None
+        # the first job's that failed
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="isoform-save")
         self._pending: list[Future[object]] = []
         self._copied: tuple[int, nn.Module] | None = None
@@ -68,12 +77,26 @@ class Writer:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._pool.shutdown(wait=True)
-        self.wait()
+        if error is None:
+            self.wait()
+        elif self._failed is not None and error is not self._failed:
+            with contextlib.suppress(DiskError):  # the disk may be too full for that, too
+                self._on_event("checkpoint-lost", problem=str(self._failed))
 
     def _write(self, job: Callable[[], object], at_once: bool) -> None:
-        self._pending.append(self._pool.submit(job))
+        self._pending.append(self._pool.submit(self._attempt, job))
         if at_once:
             self.wait()
+
+    def _attempt(self, job: Callable[[], object]) -> None:
+        """In the thread: the job, if all before it went well."""
+        if self._failed is not None:
+            raise self._failed
+        try:
+            job()
+        except BaseException as error:
+            self._failed = error
+            raise
 
     def _copy(self, model: nn.Module, step: int) -> nn.Module:
         """The model as it is now, on the host, one copy a step; the model itself where there is no room for another."""
