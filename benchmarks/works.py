@@ -14,5 +14,5 @@ _WORKS = (
     *family_works.WORKS,
 )
 WORKS: dict[str, Work] = {work.name: work for work in _WORKS}
-FACTS: dict[str, Fact] = {fact.name: fact for fact in costs.FACTS}
+FACTS: dict[str, Fact] = {fact.name: fact for fact in (*reaching.FACTS, *costs.FACTS)}
 ALL: dict[str, Work | Fact] = {**WORKS, **FACTS}
