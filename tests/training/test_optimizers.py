@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from isoform import machine
 from isoform.models.gpt2 import GPT2
 from isoform.registry import component
 
 
-def build(model, kind, **options):
+def build(model, kind, precision="fp32", **options):
     cls, checked = component("optimizer", {"kind": kind, **options}, "train.optimizer")
-    return cls(checked).build(dict(model.named_parameters()), 0.01)
+    return cls(checked).build(dict(model.named_parameters()), 0.01, precision)
 
 
 def owners(model, optimizers):
@@ -43,3 +44,13 @@ def test_only_matrices_decay_and_tables_only_on_demand():
             table = "embedding" in name or name.startswith(("head.", "position."))
             expected = 0.1 if parameter.ndim == 2 and (tables or not table) else 0.0
             assert found[name][1]["weight_decay"] == expected, name
+
+
+def test_muon_computes_in_the_run_s_precision_and_measures_nothing(monkeypatch):
+    def measured(*_):
+        raise AssertionError("a measurement that no manifest records")
+
+    monkeypatch.setattr(machine, "remembered", measured)
+    for precision, expected in (("bf16", torch.bfloat16), ("fp32", torch.float32), ("fp16", torch.float32)):
+        muon, _ = build(GPT2.tiny(), "muon", precision)
+        assert muon.dtype == expected

@@ -107,7 +107,7 @@ class Probe:
         """The model after `PROBE_STEPS` updates on the probe batch at the peak rate."""
         run = self.run
         names = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        optimizers = run.optimizer.build(names, run.config.train.learning_rate)
+        optimizers = run.optimizer.build(names, run.config.train.learning_rate, "fp32")
         set_rates(optimizers, max(run.factor(step) for step in range(run.num_steps)))
         module = LossModule(model, run.objective)
         counts = run.objective.counts(self.batch)

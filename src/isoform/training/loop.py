@@ -76,7 +76,7 @@ class Loop:
         self.names = trained_parameters(run.model, run.objective)
         helper = run.objective.helper
         self.companion: nn.Module | None = None if helper is None else helper.companion
-        self.optimizers = run.optimizer.build(self.names, self.train.learning_rate)
+        self.optimizers = run.optimizer.build(self.names, self.train.learning_rate, run.precision)
         self.module: nn.Module = LossModule(run.model, run.objective)
         self.replica: Replica | None = None
         if accelerator.is_fsdp2:

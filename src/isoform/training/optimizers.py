@@ -1,7 +1,8 @@
 """Optimisers: AdamW, and Muon for the hidden matrices with AdamW for the rest.
 
 Each registered class maps named parameters to torch optimisers whose groups carry `peak_rate`; the loop sets
-`lr = peak_rate x schedule factor` before every update, so no optimiser knows of a schedule.
+`lr = peak_rate x schedule factor` before every update, so no optimiser knows of a schedule. The run's precision, which
+its manifest records, is theirs too.
 """
 
 from __future__ import annotations
@@ -13,13 +14,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from isoform import machine
 from isoform.registry import Options, register
 from isoform.training.muon import StackedMuon
 
 
 class Optimizer(Protocol):
-    def build(self, parameters: Mapping[str, Tensor], learning_rate: float) -> list[torch.optim.Optimizer]: ...
+    def build(
+        self, parameters: Mapping[str, Tensor], learning_rate: float, precision: str
+    ) -> list[torch.optim.Optimizer]: ...
 
 
 class AdamWOptions(Options):
@@ -65,7 +67,9 @@ class AdamW:
     def __init__(self, options: Config) -> None:
         self.options = options
 
-    def build(self, parameters: Mapping[str, Tensor], learning_rate: float) -> list[torch.optim.Optimizer]:
+    def build(
+        self, parameters: Mapping[str, Tensor], learning_rate: float, precision: str
+    ) -> list[torch.optim.Optimizer]:
         return [adamw(parameters, learning_rate, self.options)]
 
 
@@ -74,7 +78,8 @@ class Muon:
     """Muon on the matrices inside the blocks; AdamW on tables, the output layer, norms and biases.
 
     Source: Jordan et al. 2024, Muon; `torch.optim.Muon`. `match-rms` scales each update to the size of AdamW's
-    (Liu et al. 2025, Muon is scalable, section 2.2), so one learning rate serves both halves.
+    (Liu et al. 2025, Muon is scalable, section 2.2), so one learning rate serves both halves. Matrices are
+    orthogonalised in bf16 in a bf16 run, else in fp32.
     """
 
     class Config(AdamWOptions):
@@ -89,7 +94,9 @@ class Muon:
     def __init__(self, options: Config) -> None:
         self.options = options
 
-    def build(self, parameters: Mapping[str, Tensor], learning_rate: float) -> list[torch.optim.Optimizer]:
+    def build(
+        self, parameters: Mapping[str, Tensor], learning_rate: float, precision: str
+    ) -> list[torch.optim.Optimizer]:
         options = self.options
         hidden = {name: p for name, p in parameters.items() if p.ndim == 2 and not is_embedding(name)}
         rest = {name: p for name, p in parameters.items() if name not in hidden}
@@ -97,7 +104,7 @@ class Muon:
         if hidden:
             muon = StackedMuon(
                 [{"params": list(hidden.values()), "peak_rate": learning_rate}],
-                dtype=torch.bfloat16 if machine.fast_bf16() else torch.float32,
+                dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
                 lr=learning_rate,
                 weight_decay=options.weight_decay,
                 momentum=options.momentum,

@@ -52,7 +52,7 @@ def updates(run: Prepared, most_steps: int) -> Iterator[Update]:
     run.model.train()
     module = LossModule(run.model, run.objective)
     names = trained_parameters(run.model, run.objective)
-    optimizers = run.optimizer.build(names, train.learning_rate)
+    optimizers = run.optimizer.build(names, train.learning_rate, run.precision)
     feed = Feed(
         run.datasets["train"],
         run.objective,
