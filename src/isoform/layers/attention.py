@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from isoform.contracts import Sequences
-from isoform.layers import blockwise, fused, varlen
+from isoform.layers import blockwise, tiled, varlen
 from isoform.layers.apart import apart
 from isoform.layers.dropout import DropoutSite
 from isoform.layers.relative import Relative
@@ -76,7 +76,7 @@ def attend(
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     rule = blockwise.Rule(causal, window, slopes, scale, relative is not None)
-    fast = varlen.attention if query.device.type == "cuda" else fused.attention
+    fast = varlen.attention if query.device.type == "cuda" else tiled.attention
     done = fast(
         query,
         key,

@@ -1,34 +1,22 @@
 """The C++ kernels as differentiable functions, each with the condition under which it stands in for plain torch.
 
 Every function returns None where the kernels do not serve what it is given; the caller then takes the plain way. The
-formulas stand with the callers, in `norm`, `feedforward`, `position` and `attention`.
+formulas stand with the callers, in `norm`, `feedforward` and `position`. Attention is in `tiled`, dropout in `dropout`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from isoform.contracts import IGNORE, Sequences
-from isoform.layers import ragged
-from isoform.layers.dropout import DropoutSite, column_hashes, drop_threshold, kept_inverse
-from isoform.layers.kernels import AttentionCall, AttentionGradients, Drop, Library, serves
-from isoform.layers.relative import Relative
+from isoform.contracts import IGNORE
+from isoform.layers.kernels import Library, serves
 
-# The kernel rounds lengths up to it.
-KERNEL_BLOCK = 32
-# Fewer rows are not worth packing into tiles.
-MIN_ROWS = 256
-# Shorter sequences, such as single tokens in decoding, leave the matrix tiles empty.
-MIN_QUERIES = 8
-# The scores of 32 queries with so many keys fit into a second-level cache; wider heads do not fill up to 32 channels.
-MAX_KEYS, MAX_HEAD_WIDTH = 8192, 256
-# Gradients of learned scores are kept for each sequence, as long as the longest: 128 MB of them.
-MAX_LEANS = 1 << 25
+# Fewer rows, or narrower matrices, are not worth packing into tiles.
+MIN_ROWS, MIN_WIDTH = 256, 32
 
 
 # -------------------------------------------------------------------------------------------------------- normalisation
@@ -69,7 +57,19 @@ class _Norm(torch.autograd.Function):
         output = torch.empty(x.shape, dtype=dtype)
         mean, inverse = torch.empty(n), torch.empty(n)
         library.call(
-            "norm_forward", (x.dtype, dtype), x, weight, bias, output, mean, inverse, n, d, eps, centred, _threads()
+            "norm_forward",
+            (x.dtype, dtype),
+            x,
+            weight,
+            bias,
+            output,
+            mean,
+            inverse,
+            n,
+            d,
+            eps,
+            centred,
+            torch.get_num_threads(),
         )
         ctx.save_for_backward(x, weight, mean, inverse)
         ctx.centred, ctx.shifted, ctx.library = centred, bias is not None, library
@@ -83,7 +83,20 @@ class _Norm(torch.autograd.Function):
         dx, dweight = torch.empty_like(x), torch.empty_like(weight)
         dbias = torch.empty_like(weight) if ctx.shifted else None
         d = x.shape[-1]
-        given = (grad, x, weight, mean, inverse, dx, dweight, dbias, x.numel() // d, d, ctx.centred, _threads())
+        given = (
+            grad,
+            x,
+            weight,
+            mean,
+            inverse,
+            dx,
+            dweight,
+            dbias,
+            x.numel() // d,
+            d,
+            ctx.centred,
+            torch.get_num_threads(),
+        )
         ctx.library.call("norm_backward", (x.dtype, grad.dtype), *given)
         return dx, dweight, dbias, None, None, None, None
 
@@ -121,7 +134,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, name: str, gate: Tensor, up: Tensor | None, library: Library) -> Tensor:
         gate, up = gate.contiguous(), None if up is None else up.contiguous()
         output = torch.empty_like(gate)
-        library.call(name, (gate.dtype,), gate, up, output, *_rows(gate), _threads())
+        library.call(name, (gate.dtype,), gate, up, output, *_rows(gate), torch.get_num_threads())
         ctx.save_for_backward(gate, up)
         ctx.name, ctx.library = name, library
         return output
@@ -131,7 +144,7 @@ class _Gated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
         dgate, dup = torch.empty_like(gate), None if up is None else torch.empty_like(up)
-        given = (grad.contiguous(), gate, up, dgate, dup, *_rows(gate), _threads())
+        given = (grad.contiguous(), gate, up, dgate, dup, *_rows(gate), torch.get_num_threads())
         ctx.library.call(f"{ctx.name}_backward", (gate.dtype,), *given)
         return None, dgate, dup, None
 
@@ -164,7 +177,7 @@ def _fills_tiles(hidden: Tensor, weight: Tensor) -> bool:
         and weight.dtype == torch.float32
         and hidden.ndim == 2
         and len(hidden) >= MIN_ROWS
-        and min(weight.shape) >= KERNEL_BLOCK
+        and min(weight.shape) >= MIN_WIDTH
     )
 
 
@@ -187,7 +200,7 @@ class _Linear(torch.autograd.Function):
         grad = grad.bfloat16().contiguous()
         dhidden = (grad @ weight).to(ctx.dtype) if ctx.needs_input_grad[0] else None
         dweight = torch.empty(weight.shape)
-        ctx.library.weight_gradient(grad, x, dweight, _threads())
+        ctx.library.weight_gradient(grad, x, dweight, torch.get_num_threads())
         dbias = _column_sums(grad, ctx.library) if ctx.biased else None
         return dhidden, dweight, dbias, None
 
@@ -196,7 +209,7 @@ def _column_sums(grad: Tensor, library: Library) -> Tensor:
     """float32 `(d,)` of `(..., d)`."""
     rows, width = _rows(grad)
     sums = torch.empty(width)
-    library.call("column_sums", (grad.dtype,), grad.contiguous(), sums, rows, width, _threads())
+    library.call("column_sums", (grad.dtype,), grad.contiguous(), sums, rows, width, torch.get_num_threads())
     return sums
 
 
@@ -245,7 +258,18 @@ def _turned(states: Tensor, cos: Tensor, sin: Tensor, sign: float, library: Libr
     turned = states.clone(memory_format=torch.contiguous_format)
     n, heads, width = turned.shape
     library.call(
-        "rotate", (turned.dtype,), turned, cos, sin, n, heads, heads * width, width, cos.shape[-1], sign, _threads()
+        "rotate",
+        (turned.dtype,),
+        turned,
+        cos,
+        sin,
+        n,
+        heads,
+        heads * width,
+        width,
+        cos.shape[-1],
+        sign,
+        torch.get_num_threads(),
     )
     return turned
 
@@ -291,171 +315,4 @@ def _rows(states: Tensor) -> tuple[int, int]:
 
 
 def _shape(logits: Tensor) -> tuple[int, int, int, int]:
-    return len(logits), logits.shape[1], IGNORE, _threads()
-
-
-# ------------------------------------------------------------------------------------------------------------ attention
-
-
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    queries: Sequences,
-    keys: Sequences,
-    *,
-    causal: bool,
-    window: int | None,
-    slopes: tuple[float, ...] | None,
-    scale: float,
-    relative: Relative | None,
-    dropout: DropoutSite | None,
-) -> Tensor | None:
-    """`attend` in bfloat16 on matrix tiles; see attention.cpp. Shapes: as there."""
-    library = serves(query, key, value)
-    if (
-        library is None
-        or not library.has_tiles
-        or any(states.dtype != torch.bfloat16 for states in (query, key, value))
-        or queries.max_length < MIN_QUERIES
-        or keys.max_length > MAX_KEYS
-        or query.shape[-1] > MAX_HEAD_WIDTH
-        or len(queries) != len(keys)
-        or any(seen == 0 < asking for asking, seen in zip(queries.lengths, keys.lengths, strict=True))
-        or (queries.prefixes and window is not None)
-        or (dropout is not None and causal and queries.lengths != keys.lengths)
-    ):
-        return None
-    reach = max(queries.max_length, keys.max_length)
-    if relative is not None and len(queries) * query.shape[1] * (2 * reach + 1) > MAX_LEANS:
-        return None
-    lean = None if relative is None else relative.line(reach)
-    if slopes is not None:
-        slanted = _slanted(slopes, reach)
-        lean = slanted if lean is None else lean + slanted
-    plan = _AttentionPlan(queries, keys, causal, window, scale, dropout, key.shape[1], query.shape)
-    output: Tensor = _Attention.apply(query, key, value, lean, plan, library)  # type: ignore[no-untyped-call]
-    return output
-
-
-def _slanted(slopes: tuple[float, ...], reach: int) -> Tensor:
-    """float32 `(h, 2 reach + 1)`: -slope |i - j| in the column reach + j - i."""
-    return -torch.tensor(slopes)[:, None] * torch.arange(-reach, reach + 1).abs()
-
-
-class _AttentionPlan:
-    """What the kernel reads beside the states; it keeps alive what is given by address."""
-
-    def __init__(
-        self,
-        queries: Sequences,
-        keys: Sequences,
-        causal: bool,
-        window: int | None,
-        scale: float,
-        dropout: DropoutSite | None,
-        groups: int,
-        shape: torch.Size,
-    ) -> None:
-        heads, width = shape[1:]
-        self.tensors = {
-            "query_starts": _bounds(queries),
-            "key_starts": _bounds(keys),
-            "prefixes": torch.tensor(queries.prefixes) if queries.prefixes else None,
-        }
-        self.call = AttentionCall(
-            num_sequences=len(queries),
-            heads=heads,
-            groups=groups,
-            width=width,
-            window=-1 if window is None else window,
-            causal=causal,
-            scale=scale,
-            threads=_threads(),
-            **{name: _address(tensor) for name, tensor in self.tensors.items()},
-        )
-        if dropout is not None:
-            self.tensors["keys"] = dropout.row_keys(heads).contiguous()
-            self.tensors["columns"] = _columns(keys)
-            self.call.drop = Drop(
-                keys=_address(self.tensors["keys"]),
-                columns=_address(self.tensors["columns"]),
-                threshold=drop_threshold(dropout.rate),
-                factor=kept_inverse(dropout.rate),
-            )
-
-    def reading(self, states: Sequence[Tensor], lean: Tensor | None) -> AttentionCall:
-        """The call on query, key and value, heads standing side by side, and on what is added to their scores."""
-        _point(self.call, states)
-        self.call.lean, self.call.reach = _address(lean), 0 if lean is None else lean.shape[1] // 2
-        return self.call
-
-
-def _point(structure: AttentionCall | AttentionGradients, states: Sequence[Tensor]) -> None:
-    """Query, key and value, or their gradients, by address and stride."""
-    for name, tensor in zip(("query", "key", "value"), states, strict=True):
-        setattr(structure, name, tensor.data_ptr())
-        setattr(structure, f"{name}_stride", tensor.stride(0))
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        lean: Tensor | None,
-        plan: _AttentionPlan,
-        library: Library,
-    ) -> Tensor:
-        states = [_side_by_side(tensor) for tensor in (query, key, value)]
-        lean = None if lean is None else lean.contiguous()
-        output = query.new_empty(query.shape)
-        log_sums = torch.empty(query.shape[:2])
-        library.attention_forward(plan.reading(states, lean), output, log_sums)
-        ctx.save_for_backward(*states, output, log_sums, lean)
-        ctx.plan, ctx.library = plan, library
-        return output
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        *states, output, log_sums, lean = ctx.saved_tensors
-        plan = ctx.plan
-        grads = [torch.empty(tensor.shape, dtype=tensor.dtype) for tensor in states]
-        into = AttentionGradients()
-        _point(into, grads)
-        leans = None
-        if ctx.needs_input_grad[3]:
-            leans = torch.zeros(plan.call.num_sequences, *lean.shape)  # one for each sequence: any order, one sum
-            into.lean = leans.data_ptr()
-        ctx.library.attention_backward(plan.reading(states, lean), output, log_sums, grad.contiguous(), into)
-        return *grads, None if leans is None else leans.sum(0), None, None
-
-
-def _side_by_side(states: Tensor) -> Tensor:
-    """`(n, heads, k)` with the heads of a token next to one another, as they mostly are."""
-    return states if states.stride()[1:] == (states.shape[2], 1) else states.contiguous()
-
-
-def _bounds(sequences: Sequences) -> Tensor:
-    """int64 `(b + 1,)`: where each sequence begins, and the end of the last."""
-    cpu = torch.device("cpu")
-    return ragged.derived(
-        sequences, "bounds", cpu, lambda: torch.tensor([*ragged.starts(sequences), sequences.num_tokens])
-    )
-
-
-def _columns(keys: Sequences) -> Tensor:
-    """The hashes of the columns of scores, made once for all layers; the kernel rounds the longest sequence up."""
-    cpu = torch.device("cpu")
-    return ragged.derived(keys, "columns", cpu, lambda: column_hashes(keys.max_length + KERNEL_BLOCK, cpu))
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _threads() -> int:
-    return torch.get_num_threads()
+    return len(logits), logits.shape[1], IGNORE, torch.get_num_threads()
