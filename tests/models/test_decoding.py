@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -163,3 +167,25 @@ def test_an_adapter_is_part_of_the_weights():
     fast = prepared(model, "fp32", narrow_cache=False)
     for ours, plain in zip(all_logits(fast, tokens, CUTS), all_logits(model, tokens, CUTS), strict=True):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4)
+
+
+ONE_STEP = """
+import torch
+from isoform.contracts import Batch, Sequences
+from isoform.models.decoding import FastDecoder, prepared
+from isoform.models.llama import Llama
+torch.set_num_threads(3)
+fast = prepared(Llama.tiny(), "fp32", narrow_cache=False)
+assert isinstance(fast, FastDecoder) and torch.get_num_threads() == 3
+tokens = torch.arange(4)
+batch = Batch(tokens=tokens, positions=tokens, sequences=Sequences([4]), sample_keys=torch.zeros(1, dtype=torch.int64))
+with torch.no_grad():
+    assert fast(batch, cache=fast.new_cache(1)).hidden.isfinite().all()
+"""
+
+
+@native
+@pytest.mark.parametrize("limit", [{"OMP_THREAD_LIMIT": "1"}, {"OMP_THREAD_LIMIT": "2"}, {"OMP_DYNAMIC": "true"}])
+def test_fewer_threads_than_were_asked_for_do_the_work(limit):
+    environment = {**os.environ, "OMP_NUM_THREADS": "3", **limit}
+    subprocess.run([sys.executable, "-c", ONE_STEP], env=environment, timeout=60, check=True)

@@ -46,14 +46,14 @@ struct Pass {
     int64_t states() const { return (heads + 2 * groups) * head_width; }
 };
 
-// Threads meet; short waits are spent spinning, long ones given back to the system.
+// Threads meet, as many as there are, which may be fewer than were asked for. Short waits are spent spinning, long ones
+// given back to the system.
 class Meeting {
 public:
-    explicit Meeting(int threads) : threads_(threads) {}
-    void wait() {
-        if (threads_ == 1) return;
+    void wait(int threads) {
+        if (threads == 1) return;
         const int turn = turn_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads) {
             arrived_.store(0, std::memory_order_relaxed);
             turn_.store(turn + 1, std::memory_order_release);
             return;
@@ -63,7 +63,6 @@ public:
     }
 
 private:
-    const int threads_;
     std::atomic<int> arrived_{0}, turn_{0};
 };
 
@@ -226,7 +225,7 @@ private:
 
     void multiply(const Matrix& matrix, const Target& target) {
         share(matrix, target);
-        meeting_.wait();
+        meeting_.wait(threads_);
     }
 
     void attention(const Layer& layer) {
@@ -238,7 +237,7 @@ private:
             else
                 attend<float>(pass_, layer, sequence, group, states_, scores_.data(), mixed_);
         }
-        meeting_.wait();
+        meeting_.wait(threads_);
     }
 
     // A thread has the same outputs of both matrices, so that nobody waits in between.
@@ -247,7 +246,7 @@ private:
         share(first, {inner_, pass_.inner, WRITE});
         activate_share(first);
         if (layer.gate.weight) share(layer.up, {inner_, pass_.inner, MULTIPLY});
-        meeting_.wait();
+        meeting_.wait(threads_);
     }
 
     void activate_share(const Matrix& matrix) {
@@ -272,7 +271,7 @@ private:
         multiply(matrix, {pass_.hidden, pass_.width, ADD});
         if (!pass_.norm_first) {
             normalise_share(norm);
-            meeting_.wait();
+            meeting_.wait(threads_);
         }
     }
 
@@ -310,7 +309,7 @@ extern "C" void decode(const Pass* pass) {
     const size_t n = size_t(pass->n);
     std::vector<float> states(n * size_t(pass->states())), mixed(n * size_t(pass->heads * pass->head_width));
     std::vector<float> inner(n * size_t(pass->inner));
-    Meeting meeting(pass->threads);
+    Meeting meeting;
     in_threads(pass->threads, [&](int thread, int threads) {
         on_tiles(pass->tiles, [&] {
             Worker worker(*pass, states.data(), mixed.data(), inner.data(), meeting, thread, threads);
