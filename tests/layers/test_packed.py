@@ -66,3 +66,8 @@ def test_what_is_no_number_is_not_hidden(kind, value):
     states[1, 7] = value
     output = Packed(library, weight, None, kind)(states)
     assert output.isfinite().all(dim=1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_rows_give_none(kind):
+    assert Packed(library, torch.randn(20, 40), None, kind)(torch.empty(0, 40)).shape == (0, 20)

@@ -41,3 +41,7 @@ def test_a_model_shares_what_is_not_quantized():
     assert quantized.embedding.weight is model.embedding.weight
     assert isinstance(quantized.blocks[0].attention.qkv, Int8Linear)
     assert isinstance(model.blocks[0].attention.qkv, torch.nn.Linear)
+
+
+def test_no_rows_give_none():
+    assert Int8Linear(torch.nn.Linear(64, 8))(torch.empty(0, 64)).shape == (0, 8)

@@ -47,8 +47,8 @@ VARIANTS = {
 def batch(pieces: list[list[int]], starts: list[int]) -> Batch:
     positions = [start + place for piece, start in zip(pieces, starts, strict=True) for place in range(len(piece))]
     return Batch(
-        tokens=torch.tensor([token for piece in pieces for token in piece]),
-        positions=torch.tensor(positions),
+        tokens=torch.tensor([token for piece in pieces for token in piece], dtype=torch.int64),
+        positions=torch.tensor(positions, dtype=torch.int64),
         sequences=Sequences([len(piece) for piece in pieces]),
         sample_keys=torch.zeros(len(pieces), dtype=torch.int64),
     )
@@ -189,3 +189,12 @@ with torch.no_grad():
 def test_fewer_threads_than_were_asked_for_do_the_work(limit):
     environment = {**os.environ, "OMP_NUM_THREADS": "3", **limit}
     subprocess.run([sys.executable, "-c", ONE_STEP], env=environment, timeout=60, check=True)
+
+
+@native
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_no_rows_are_no_trouble(kind):
+    fast = prepared(Llama.tiny(), kind, narrow_cache=False)
+    assert fast.logits(torch.empty(0, fast.blocks.fixed.width)).shape == (0, fast.head.fields.rows)
+    read = fast(batch([[], []], [0, 0]), cache=fast.new_cache(2))
+    assert read.hidden.shape == (0, fast.blocks.fixed.width)

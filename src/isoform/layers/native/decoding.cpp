@@ -307,6 +307,7 @@ void on_tiles([[maybe_unused]] bool tiles, Work work) {
 
 extern "C" void decode(const Pass* pass) {
     const size_t n = size_t(pass->n);
+    if (n == 0) return;  // tiles of no rows are refused
     std::vector<float> states(n * size_t(pass->states())), mixed(n * size_t(pass->heads * pass->head_width));
     std::vector<float> inner(n * size_t(pass->inner));
     Meeting meeting;
@@ -321,6 +322,7 @@ extern "C" void decode(const Pass* pass) {
 
 // x (n, columns) -> y (n, rows)
 extern "C" void multiply(const Matrix* matrix, const float* x, int64_t n, float* y, int tiles, int threads) {
+    if (n == 0) return;
     in_threads(threads, [&](int thread, int all) {
         on_tiles(tiles, [&] {
             Rows rows;
