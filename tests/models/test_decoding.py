@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -189,6 +190,18 @@ with torch.no_grad():
 def test_fewer_threads_than_were_asked_for_do_the_work(limit):
     environment = {**os.environ, "OMP_NUM_THREADS": "3", **limit}
     subprocess.run([sys.executable, "-c", ONE_STEP], env=environment, timeout=60, check=True)
+
+
+@native
+def test_threads_may_use_one_reading_at_once():
+    """Other prompts in each thread, so that what one writes for its call would be wrong for the others."""
+    read = reading(widened(Llama.tiny()))
+    assert isinstance(read, FastDecoder)
+    asked = [prompts([3 + 5 * place] * (1 + 2 * place)) for place in range(3)]
+    alone = [generate(read, some, batch_tokens=60) for some in asked]
+    with ThreadPoolExecutor(len(asked)) as pool:
+        for _ in range(10):
+            assert list(pool.map(lambda some: generate(read, some, batch_tokens=60), asked)) == alone
 
 
 @native

@@ -173,10 +173,13 @@ class Blocks:
 
         Shapes: hidden `(n, d)`, positions `(n,)`, lengths of the new pieces `(b,)` -> `(n, d)`.
         """
-        call, output = self.fixed, hidden.float().clone(memory_format=torch.contiguous_format)
+        # Its own structures at every call: others may be under way.
+        call, layers = _Pass.from_buffer_copy(self.fixed), type(self.layers).from_buffer_copy(self.layers)
+        call.layers = layers
+        output = hidden.float().clone(memory_format=torch.contiguous_format)
         shape = self.groups, self.head_width
         call.capacity = cache.reserve(max(map(sum, zip(cache.lengths, lengths, strict=True))), shape, self.cache_dtype)
-        for layer, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+        for layer, keys, values in zip(layers, cache.keys, cache.values, strict=True):
             assert keys is not None and values is not None
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
             call.narrow_cache = keys.dtype == torch.bfloat16
