@@ -1,8 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
+from isoform.evaluation.generate import reading
 from isoform.layers import kernels
 from isoform.layers.quantized import Int8Linear, in_int8
 from isoform.models.llama import Llama
@@ -45,3 +48,14 @@ def test_a_model_shares_what_is_not_quantized():
 
 def test_no_rows_give_none():
     assert Int8Linear(torch.nn.Linear(64, 8))(torch.empty(0, 64)).shape == (0, 8)
+
+
+def test_what_is_in_eight_bits_may_be_copied_and_stays_what_it_is():
+    torch.manual_seed(0)
+    layer, hidden = Int8Linear(torch.nn.Linear(16, 8)), torch.randn(3, 16)
+    assert torch.equal(copy.deepcopy(layer)(hidden), layer(hidden))
+    mixture = Llama.tiny(feedforward={"kind": "moe", "experts": 2, "active": 1})
+    quantized = in_int8(mixture)
+    assert in_int8(quantized) is quantized
+    once = reading(mixture, int8=True)
+    assert reading(once, int8=True) is once

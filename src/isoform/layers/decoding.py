@@ -101,6 +101,10 @@ class Packed:
         self.library.call("multiply", (), *given)
         return output
 
+    def __deepcopy__(self, memo: Any) -> Packed:
+        """Itself: it does not change, and addresses cannot be copied."""
+        return self
+
 
 def unfit(blocks: Sequence[nn.Module], position: Position, final_norm: nn.Module) -> bool:
     """Whether the kernel does not know some part of this decoder."""

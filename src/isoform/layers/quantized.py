@@ -62,12 +62,21 @@ class Int8Linear(nn.Module):
 
 
 def in_int8(model: Any) -> Any:
-    """The model with the linear layers of its blocks in int8; it shares everything else with the one given."""
+    """The model with the linear layers of its blocks in int8; it shares everything else with the one given.
+
+    The model itself where there are none, such as one that is in int8 already.
+    """
+    # A router and the head are read as matrices, not called.
+    found = [
+        (name, layer)
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and "blocks." in name and not name.endswith(".router")
+    ]
+    if not found:
+        return model
     parameters = {id(parameter): parameter for parameter in model.parameters()}
     quantized = copy.deepcopy(model, parameters)
-    for name, layer in list(quantized.named_modules()):
-        # A router and the head are read as matrices, not called.
-        if isinstance(layer, nn.Linear) and "blocks." in name and not name.endswith(".router"):
-            owner, _, leaf = name.rpartition(".")
-            setattr(quantized.get_submodule(owner), leaf, Int8Linear(layer))
+    for name, layer in found:
+        owner, _, leaf = name.rpartition(".")
+        setattr(quantized.get_submodule(owner), leaf, Int8Linear(layer))
     return quantized
