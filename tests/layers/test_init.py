@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from isoform.layers.init import initialize, linear, normal
+from isoform.layers.init import initialize, linear, normal, served
+from isoform.training.optimizers import AdamWOptions, adamw
 
 
 class Arm(nn.Module):
@@ -55,25 +56,41 @@ def test_values_do_not_drift() -> None:
     torch.testing.assert_close(drawn, torch.tensor([-0.9310627, -0.7897388, 0.5678439]), rtol=1e-6, atol=1e-6)
 
 
-def test_in_inference_mode_a_weight_is_converted_once_and_again_where_it_has_changed() -> None:
+def both(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the layer makes in inference mode, and what its weights as they are make."""
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.inference_mode():
+            quick = layer(hidden)
+        return quick.clone(), nn.functional.linear(hidden, layer.weight, layer.bias).detach()
+
+
+@pytest.mark.parametrize("gradient_first", [False, True])
+def test_a_weight_that_an_optimizer_has_changed_is_read_as_it_is(gradient_first: bool) -> None:
     layer, hidden = linear(8, 6, bias=True), torch.randn(5, 8)
     initialize(layer, 0, num_layers=None)
+    optimizer = adamw(dict(layer.named_parameters()), 0.1, AdamWOptions())
+    before, _ = both(layer, hidden)
+    for _ in range(2):
+        layer(hidden).sum().backward()
+        if gradient_first:
+            both(layer, hidden)
+        optimizer.step()
+        after, expected = both(layer, hidden)
+        assert torch.equal(after, expected) and not torch.equal(after, before)
 
-    def both() -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.inference_mode():
-                quick = layer(hidden)
-            return quick.clone(), nn.functional.linear(hidden, layer.weight, layer.bias).detach()
 
-    assert torch.equal(*both())
-    kept = layer._converted
-    assert torch.equal(*both()) and layer._converted is kept
-    with torch.no_grad():
-        layer.weight.mul_(2)
-    assert torch.equal(*both()) and layer._converted is not kept
-    layer.weight.data = torch.randn(6, 8)
-    assert torch.equal(*both())
+def test_a_served_model_converts_its_weights_once_and_shares_them() -> None:
+    layer, hidden = linear(8, 6, bias=True), torch.randn(5, 8)
+    initialize(layer, 0, num_layers=None)
+    quick = served(layer)
+    assert quick.weight is layer.weight and layer.converted is None
+    assert torch.equal(*both(quick, hidden))
+    kept = quick.converted[torch.bfloat16]
+    assert torch.equal(*both(quick, hidden)) and quick.converted[torch.bfloat16] is kept
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(quick(hidden), layer(hidden))
     with torch.inference_mode():
-        assert torch.equal(layer(hidden), nn.functional.linear(hidden, layer.weight, layer.bias))
-    layer(hidden).sum().backward()  # what inference made is no hindrance
-    assert layer.weight.grad is not None and set(layer.state_dict()) == {"weight", "bias"}
+        assert torch.equal(quick(hidden), layer(hidden))
+    with torch.autocast("cpu", torch.bfloat16):
+        quick(hidden).sum().backward()  # what inference made is no hindrance
+    assert layer.weight.grad is not None and set(quick.state_dict()) == {"weight", "bias"}

@@ -18,6 +18,7 @@ from isoform import cli
 from isoform.config import RunConfig, run_config
 from isoform.data.batches import collate
 from isoform.errors import DataError
+from isoform.layers.init import Linear
 from isoform.layers.quantized import Int8Linear
 from isoform.reading import merge
 from isoform.serving.predict import CHUNK, CPU_BATCH_TOKENS, predict, read_inputs, with_rate, write_answers
@@ -276,3 +277,16 @@ def test_weights_of_eight_bits_say_nearly_the_same_and_hold_for_scores_too(folde
     opened = open_model(folder, int8=True)
     assert any(isinstance(layer, Int8Linear) for layer in opened.scoring.modules())
     assert not any(isinstance(layer, Int8Linear) for layer in opened.model.modules())
+
+
+def test_weights_are_converted_once_for_all_predictions(folder: Path) -> None:
+    opened = open_model(folder, precision="bf16")
+
+    def kept() -> list[int]:
+        list(predict(opened, ["a fine film", "its dull story"]))
+        layers = [layer for layer in opened.scoring.modules() if isinstance(layer, Linear)]
+        return [weight.data_ptr() for layer in layers for weight in (layer.converted or {}).values()]
+
+    first = kept()
+    assert first and kept() == first
+    assert all(layer.converted is None for layer in opened.model.modules() if isinstance(layer, Linear))

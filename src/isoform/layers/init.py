@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,30 +16,35 @@ from isoform.layers import fused
 
 
 class Linear(nn.Linear):
-    """torch's linear layer. The gradient of its bias is faster where there are kernels; in inference mode the weight is
-    converted to the precision of autocast once, not at every call.
+    """torch's linear layer. The gradient of its bias is faster where there are kernels.
+
+    converted: of a layer that `served` made, its weight in each precision that autocast has asked for.
 
     Shapes: hidden `(..., inputs)`, weight `(outputs, inputs)`, bias `(outputs,)` or None -> `(..., outputs)`.
     """
 
-    _converted: tuple[Tensor, int, Tensor] | None = None
-    # the weight, the version of its values, and these in another precision
+    converted: dict[torch.dtype, Tensor] | None = None
 
     def forward(self, hidden: Tensor) -> Tensor:
         kind = hidden.device.type
-        if torch.is_inference_mode_enabled() and torch.is_autocast_enabled(kind) and not self.weight.is_inference():
-            return F.linear(hidden, self._in(torch.get_autocast_dtype(kind)), self.bias)
+        if self.converted is not None and torch.is_autocast_enabled(kind) and not torch.is_grad_enabled():
+            dtype = torch.get_autocast_dtype(kind)
+            if dtype not in self.converted:
+                self.converted[dtype] = self.weight.detach().to(dtype)
+            return F.linear(hidden, self.converted[dtype], self.bias)
         return fused.linear(hidden, self.weight, self.bias)
 
-    def _in(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`, made again where it has changed."""
-        weight, version = self.weight, self.weight._version
-        kept = self._converted
-        # The tensor that was converted is kept with it, so that no other can stand at its address.
-        fresh = kept is not None and kept[0].data_ptr() == weight.data_ptr() and kept[1] == version
-        if kept is None or not fresh or kept[2].dtype != dtype:
-            kept = self._converted = weight.detach(), version, weight.detach().to(dtype)
-        return kept[2]
+
+def served(model: Any) -> Any:
+    """The model for use alone: its linear layers convert their weights to the precision of autocast once, not at every
+    call. It shares all parameters with the one given, and they may not change any more.
+    """
+    # Nothing tells of every change: a fused optimizer's step leaves the version of what it writes to as it was.
+    shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    for layer in shared.modules():
+        if isinstance(layer, Linear):
+            layer.converted = {}
+    return shared
 
 
 def linear(inputs: int, outputs: int, *, bias: bool) -> Linear:

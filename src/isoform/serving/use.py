@@ -28,6 +28,7 @@ from isoform.evaluation.evaluate import Evaluation, evaluate
 from isoform.evaluation.generate import GREEDY, Sampling, generate, generate_stream, reading, text_stream
 from isoform.layers import choice
 from isoform.layers.choice import Shape
+from isoform.layers.init import served
 from isoform.layers.quantized import in_int8
 from isoform.registry import component
 from isoform.storage import locked, read_json, write_json
@@ -54,8 +55,8 @@ class Opened:
 
     @cached_property
     def scoring(self) -> Any:
-        """The model as labels and losses read it."""
-        return in_int8(self.model) if self.int8 else self.model
+        """The model as labels and losses read it, made once: its weights do not change."""
+        return in_int8(self.model) if self.int8 else served(self.model)
 
     def reading(self, *, int8: bool = False) -> Any:
         """The model as decoding reads it, made once: its weights do not change."""
