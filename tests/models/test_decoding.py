@@ -211,3 +211,33 @@ def test_no_rows_are_no_trouble(kind):
     assert fast.logits(torch.empty(0, fast.blocks.fixed.width)).shape == (0, fast.head.fields.rows)
     read = fast(batch([[], []], [0, 0]), cache=fast.new_cache(2))
     assert read.hidden.shape == (0, fast.blocks.fixed.width)
+
+
+@native
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8"])
+def test_norms_and_biases_are_kept_as_they_were(kind):
+    model = widened(GPT2.tiny(max_positions=24))
+    fast = prepared(model, kind, narrow_cache=False)
+
+    def read() -> torch.Tensor:
+        with torch.no_grad():
+            return fast(batch([[1, 2, 3]], [0]), cache=fast.new_cache(1)).hidden
+
+    before = read()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(1.0)
+    assert torch.equal(read(), before)
+
+
+@native
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [("attention.window", 3), ("attention.scale", 0.3), ("attention.num_heads", 1), ("norm_first", False)],
+)
+def test_blocks_that_are_not_of_one_form_the_model_reads(part, value):
+    model = Llama.tiny()
+    owner, _, name = part.rpartition(".")
+    setattr(model.blocks[1].get_submodule(owner), name, value)
+    assert prepared(model, "fp32", narrow_cache=False) is model

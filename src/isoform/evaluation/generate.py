@@ -115,8 +115,9 @@ def reading(
 ) -> Model:
     """The model with its weights as they are now, laid out for decoding in the precision that `autocast` sets.
 
-    int8: weights of 8 bits in place of that precision's. What `generate` does of itself; do it once for many calls. The
-    model itself where there is no kernel for its parts, see `models.decoding`.
+    int8: weights of 8 bits in place of that precision's. What `generate` does of itself; do it once for many calls, as
+    long as the weights stay what they are: matrices of float32 are the model's own. The model itself where there is no
+    kernel for its parts, see `models.decoding`.
     """
     import torch
 

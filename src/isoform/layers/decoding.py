@@ -73,12 +73,15 @@ class _Pass(Structure):
 
 
 class Packed:
-    """A matrix `(rows, columns)` as the kernels read it, once made from weight and bias."""
+    """A matrix `(rows, columns)` as the kernels read it, once made from weight and bias.
+
+    One of float32 is the weight itself and follows what is written into it; all else is kept as it was.
+    """
 
     def __init__(self, library: Library, weight: Tensor, bias: Tensor | None, kind: Weights) -> None:
         self.library = library
         self.weight = weight.detach().float().contiguous()
-        self.bias = None if bias is None else bias.detach().float().contiguous()
+        self.bias = None if bias is None else bias.detach().float().clone(memory_format=torch.contiguous_format)
         self.scales: Tensor | None = None
         self.fields = _Matrix(rows=weight.shape[0], columns=weight.shape[1], kind=KINDS[kind])
         if kind != "fp32":
@@ -107,12 +110,20 @@ class Packed:
 
 
 def unfit(blocks: Sequence[nn.Module], position: Position, final_norm: nn.Module) -> bool:
-    """Whether the kernel does not know some part of this decoder."""
+    """Whether the kernel does not know some part of this decoder, which has one form for all blocks."""
     return (
         type(position).rotate not in (Position.rotate, Rope.rotate)
         or type(final_norm) not in (LayerNorm, RMSNorm, nn.Identity)
         or not all(_known(block) for block in blocks)
+        or any(_form(block) != _form(blocks[0]) for block in blocks)
     )
+
+
+def _form(block: Any) -> tuple[Any, ...]:
+    """What the kernel is told of all blocks at once."""
+    attention, inner = block.attention, block.feedforward
+    heads = attention.num_heads, attention.num_kv_heads, attention.head_width, attention.window, attention.scale
+    return *heads, bool(block.norm_first), type(inner), inner.up.out_features
 
 
 def _known(block: nn.Module) -> bool:
@@ -130,7 +141,7 @@ def _known(block: nn.Module) -> bool:
 
 
 class Blocks:
-    """The blocks of a decoder and its last norm, their weights packed as they are now.
+    """The blocks of a decoder and its last norm, their weights packed as they are now, see `Packed` for float32.
 
     cache_dtype: of keys and values, float32 or bfloat16.
     """
@@ -229,6 +240,6 @@ class Blocks:
         """The address of its floats, which stay there as long as this object does."""
         if tensor is None:
             return None
-        floats = tensor.detach().float().contiguous()
+        floats = tensor.detach().float().clone(memory_format=torch.contiguous_format)
         self.kept.append(floats)
         return floats.data_ptr()

@@ -22,7 +22,10 @@ MOST_TOKENS = 512
 
 
 class FastDecoder:
-    """Behaves as the model that it was made of, with weights as they were then."""
+    """Behaves as the model that it was made of, for as long as nobody changes its weights.
+
+    Those are kept as they were, but for what they share with the model: matrices of float32, the embedding.
+    """
 
     def __init__(self, model: Decoder, blocks: decoding.Blocks, head: decoding.Packed) -> None:
         self.model, self.blocks, self.head = model, blocks, head
