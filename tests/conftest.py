@@ -24,6 +24,24 @@ def _cache_of_the_session(tmp_path_factory):
     del os.environ["ISOFORM_CACHE"]
 
 
+@pytest.fixture(params=[(1, False), (1, True), (3, False), (3, True)], ids=lambda way: f"{way[0]}-{'tiles' * way[1]}")
+def kernel_way(request, monkeypatch):
+    """A number of threads, and products on tiles or in vectors."""
+    import torch
+
+    from isoform.layers import kernels
+
+    threads, tiles = request.param
+    library = kernels.loaded()
+    if library is None or (tiles and not library.has_tiles):
+        pytest.skip("not on this processor")
+    monkeypatch.setattr(library, "has_tiles", tiles)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def make_batch():
     """Makes a ragged batch of random tokens with the given lengths."""

@@ -21,7 +21,7 @@ def rounded(weight: torch.Tensor, kind: str) -> torch.Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(61, 50), (64, 64), (1, 3), (130, 200)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_products_are_those_of_the_rounded_weights(kind, shape, bias):
+def test_products_are_those_of_the_rounded_weights(kernel_way, kind, shape, bias):
     torch.manual_seed(0)
     weight, states = torch.randn(shape), torch.randn(19, shape[1])
     added = torch.randn(shape[0]) if bias else None
@@ -34,21 +34,18 @@ def test_products_are_those_of_the_rounded_weights(kind, shape, bias):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_row_gives_the_same_bits_alone_and_in_a_batch(kind):
+def test_a_row_gives_the_same_bits_alone_in_a_batch_and_with_other_threads(kernel_way, kind):
     torch.manual_seed(0)
     packed, states = Packed(library, torch.randn(70, 90), None, kind), torch.randn(19, 90)
     together = packed(states)
     assert torch.equal(together, torch.cat([packed(states[i : i + 1]) for i in range(19)]))
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
         assert torch.equal(together, packed(states))
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_zeros_are_no_trouble(kind):
+def test_zeros_are_no_trouble(kernel_way, kind):
     weight = torch.zeros(20, 40)
     weight[3] = 1.0
     states = torch.zeros(2, 40)
@@ -60,7 +57,7 @@ def test_zeros_are_no_trouble(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_no_number_is_not_hidden(kind, value):
+def test_what_is_no_number_is_not_hidden(kernel_way, kind, value):
     torch.manual_seed(0)
     weight, states = torch.randn(20, 40), torch.randn(3, 40)
     states[1, 7] = value
@@ -69,5 +66,5 @@ def test_what_is_no_number_is_not_hidden(kind, value):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_rows_give_none(kind):
+def test_no_rows_give_none(kernel_way, kind):
     assert Packed(library, torch.randn(20, 40), None, kind)(torch.empty(0, 40)).shape == (0, 20)
