@@ -7,6 +7,9 @@ import platform
 import resource
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -72,6 +75,31 @@ def test_bf16_is_measured_once_for_a_processor_and_torch(own_cache: Path, monkey
     own_cache.write_text("not JSON")
     assert not machine.fast_bf16()
     assert measured == [5.0, 1.1, 1.1]
+
+
+def test_processes_that_ask_at_once_follow_one_answer(own_cache: Path) -> None:
+    """Each would find another one; locks are of open files, so threads stand for processes."""
+    answers = [2.0, 3.0, 4.0]
+    begin = threading.Barrier(len(answers))
+
+    def ask(answer: float) -> float:
+        def measure() -> float:
+            time.sleep(0.1)
+            return answer
+
+        begin.wait()
+        return machine.remembered(own_cache.name, "key", measure)
+
+    with ThreadPoolExecutor(len(answers)) as pool:
+        told = set(pool.map(ask, answers))
+    assert told == {json.loads(own_cache.read_text())["key"]}
+    assert machine.remembered(own_cache.name, "key", lambda: 5.0) in told
+
+
+def test_where_nothing_can_be_kept_it_is_measured_each_time(own_cache: Path) -> None:
+    own_cache.parent.write_text("a file where the cache's folder should be")
+    for answer in (2.0, 3.0):
+        assert machine.remembered(own_cache.name, "key", lambda answer=answer: answer) == answer
 
 
 def test_the_measurement_is_a_plausible_ratio_and_leaves_the_threads_alone() -> None:

@@ -202,16 +202,21 @@ def race(ways: Mapping[K, Callable[[], object]], seconds: float, least_rounds: i
 
 
 def remembered(file: str, key: str, measure: Callable[[], float]) -> float:
-    """What was measured under `key`, from a file in the user's cache folder; measured now where it is not there."""
+    """What was measured under `key`, from a file in the user's cache folder; measured now where it is not there.
+
+    Processes that ask at once wait for the first of them, and follow its answer.
+    """
     cache = cache_folder() / file
     value = _stored(cache).get(key)
-    if not isinstance(value, float):
-        value = measure()
+    if isinstance(value, float):
+        return value
+    with storage.in_turn(cache):
         known = _stored(cache)
-        if isinstance(known.get(key), float):  # another process was first: all follow one answer
-            return float(known[key])
-        with contextlib.suppress(OSError, DiskError):
-            storage.write_json(cache, {**known, key: value})
+        value = known.get(key)
+        if not isinstance(value, float):
+            value = measure()
+            with contextlib.suppress(OSError, DiskError):
+                storage.write_json(cache, {**known, key: value})
     return value
 
 

@@ -7,6 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -21,11 +22,13 @@ from torch.distributed.fsdp import FSDPModule
 from isoform.checkpoints.folders import weights_file
 from isoform.config import run_config
 from isoform.errors import ConfigError
+from isoform.layers import choice, kernels
 from isoform.layers.compiled import blocks
 from isoform.storage import read_json, read_jsonl, remove, write_json
 from isoform.training import run as run_module
 from isoform.training import sharding
 from isoform.training.loop import Loop
+from isoform.training.prepare import prepare
 from isoform.training.run import train
 
 # Accelerate shards on GPUs alone; here its state is told that these ranks are such.
@@ -34,7 +37,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import test_ranks
-test_ranks.on_each_rank(Path("."))
+getattr(test_ranks, sys.argv[2])(Path("."))
 """
 
 
@@ -67,12 +70,37 @@ def on_each_rank(folder: Path) -> None:
         train(config, folder / "resumed", quiet=True)  # it is complete: no rank waits for another
 
 
-def launch(folder: Path) -> None:
-    """The script on two ranks, as `torchrun` and `accelerate launch` start it."""
+def at_odds(folder: Path) -> None:
+    """Trains with whole models, where each rank by itself would take another precision and other kernels."""
+    rank, prepared, chosen = int(os.environ["RANK"]), [], folder / "chosen"
+    first = rank == 0
+
+    def fast_bf16(shape):
+        """True for the second rank, whose turn it is before there is a manifest to read the answer from."""
+        if not first:
+            chosen.touch()
+        for _ in range(1000):
+            if not chosen.exists():
+                time.sleep(0.01)
+        return not first
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choice, "fast_bf16", fast_bf16)
+        native = (choice.PLAIN, None, "first") if first else (choice.available(), 2.0, "second")
+        patch.setattr(choice, "_native", lambda *_: native)
+        patch.setattr(run_module, "prepare", lambda *a, **k: prepared.append(prepare(*a, **k)) or prepared[0])
+        train(run_config(yaml.safe_load((folder / "config.yaml").read_text())), folder / "ddp", quiet=True)
+    (run,) = prepared
+    found = {"precision": run.precision, "kernels": run.kernels, "switched_on": kernels.switched_on()}
+    write_json(folder / f"rank-{rank}.json", found)
+
+
+def launch(folder: Path, script: str) -> None:
+    """A function of this file on two ranks, as `torchrun` and `accelerate launch` start it."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command, ranks = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent)], []
+    command, ranks = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), script], []
     for rank in range(2):
         environment = {
             **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
@@ -100,7 +128,7 @@ def test_two_ranks_learn_what_one_process_learns(make, tmp_path):
     config = causal(make)
     one = train(config, tmp_path / "one", quiet=True)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    launch(tmp_path)
+    launch(tmp_path, "on_each_rank")
     for kind, expected in (("ddp", "MULTI_CPU"), ("fsdp", "FSDP"), ("resumed", "FSDP")):
         manifest = read_json(tmp_path / kind / "manifest.json")
         assert manifest["processes"] == 2 and manifest["distribution"] == expected
@@ -108,6 +136,20 @@ def test_two_ranks_learn_what_one_process_learns(make, tmp_path):
         assert_alike(one.folder, tmp_path / kind)
     whole, resumed = weights(tmp_path / "fsdp"), weights(tmp_path / "resumed")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_two_ranks_follow_the_first_and_learn_what_one_process_learns(make, tmp_path, monkeypatch):
+    """Precision and kernels of the first rank are both ranks'; of weights, sums are rounded in another order."""
+    config = make({"train": {"max_steps": 4, "precision": "auto", "optimizer": {"kind": "muon"}}})
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    launch(tmp_path, "at_odds")
+    manifest = read_json(tmp_path / "ddp" / "manifest.json")
+    assert manifest["processes"] == 2 and manifest["distribution"] == "MULTI_CPU" and manifest["precision"] == "fp32"
+    ranks = [read_json(tmp_path / f"rank-{rank}.json") for rank in range(2)]
+    assert ranks[0] == ranks[1] == {"precision": "fp32", "kernels": manifest["kernels"], "switched_on": False}
+    monkeypatch.setenv("ISOFORM_NATIVE", "0")
+    one = train(config, tmp_path / "one", precision="fp32", quiet=True)
+    assert_alike(one.folder, tmp_path / "ddp")
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from isoform.errors import ConfigError
 from isoform.layers import kernels
 from isoform.layers.compiled import blocks, compile_blocks, missing, plainly, uncompile_blocks
 from isoform.storage import fingerprint
+from isoform.training import ranks
 from isoform.training.feed import Feed
 from isoform.training.prepare import Prepared
 from isoform.training.step import LossModule, accumulate
@@ -78,10 +79,10 @@ def _measured(run: Prepared, accelerator: Accelerator) -> Choice:
         first()
         began = time.perf_counter()
         first()
-        expected = _agreed((time.perf_counter() - began) * first.number, accelerator)
+        expected = ranks.mean((time.perf_counter() - began) * first.number, accelerator)
         if expected < WORTH_SECONDS:
             return False, None, f"about {expected:.0f} s of training are too few to repay it"
-        speedup = _agreed(machine.remembered(CACHE, _key(run), lambda: _speedup(run.model, first)), accelerator)
+        speedup = ranks.mean(machine.remembered(CACHE, _key(run), lambda: _speedup(run.model, first)), accelerator)
     except Exception as error:  # of the compiler or of too little memory, whatever it is: a run goes on without
         return False, None, f"not measured: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
@@ -141,10 +142,3 @@ def _key(run: Prepared) -> str:
     return (
         f"{on} | torch {torch.__version__} | {made_of} | {run.precision} | {torch.get_num_threads()} threads | {shape}"
     )
-
-
-def _agreed(value: float, accelerator: Accelerator) -> float:
-    """The mean over ranks, which must all choose alike."""
-    if accelerator.num_processes == 1:
-        return value
-    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), reduction="mean"))

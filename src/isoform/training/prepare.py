@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 
 from isoform import machine
 from isoform.checkpoints.adapters import merge
@@ -37,6 +38,7 @@ from isoform.text.ngrams import NGrams
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
 from isoform.training.optimizers import Optimizer
 from isoform.training.origins import model_section, other_models, shape_of
+from isoform.training.ranks import firsts
 from isoform.training.schedules import Schedule
 
 # What a stage falls back to when the config names neither a number of steps nor of epochs, nor a batch size.
@@ -86,12 +88,14 @@ def prepare(
     precision: str | None = None,
     kernels: Mapping[str, Any] | None = None,
     device: torch.device | None = None,
+    accelerator: Accelerator | None = None,
     for_training: bool = True,
 ) -> Prepared:
     """Reads, splits, encodes and builds; of a model that is fitted in one go, what it is fitted on (`classical.fit`).
 
     start: a model folder that takes the place of `model` and `text.tokenizer` (the stage before).
     precision: the choice of the study, if one was made. kernels: the choice that the run was begun with.
+    accelerator: of a run on several ranks, where all follow the first one's choice of both.
 
     Raises: ConfigError, DataError, CheckpointError.
     """
@@ -105,8 +109,11 @@ def prepare(
     layers = options.pop("layers", None) if family is None else None
     device = device or machine.choose_device()
     shapes = [] if precision and kernels else shape_of(config, start)
-    precision = precision or choice.choose_precision(config.train.precision, device, shapes)
+    precision = firsts(precision or choice.choose_precision(config.train.precision, device, shapes), accelerator)
     chosen = choice.choose(precision, device, kernels, shapes)
+    leading = firsts(chosen, accelerator)
+    if leading != chosen:
+        chosen = choice.choose(precision, device, leading)
 
     # Master weights are float32, whatever the folder holds.
     loaded = load_model(start, dtype=torch.float32) if start is not None else None

@@ -146,6 +146,7 @@ def _train(
         precision=precision or earlier.get("precision"),
         kernels=None if earlier.get("complete") else earlier.get("kernels"),
         device=accelerator.device,
+        accelerator=accelerator,
     )
     if accelerator.is_main_process:
         remove_leftovers(folder)
