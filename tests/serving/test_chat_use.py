@@ -16,6 +16,7 @@ from isoform.contracts import Prompt
 from isoform.errors import DataError
 from isoform.evaluation.generate import generate
 from isoform.models.llama import Llama
+from isoform.serving.predict import predict
 from isoform.serving.use import _continued, continue_text, open_model
 from isoform.storage import read_json, write_json
 from isoform.text.chat import chat_tokens
@@ -114,3 +115,21 @@ def test_the_command_prints_the_answer_alone(folder: Path, monkeypatch: pytest.M
         assert stopped.value.code in (0, None)
         out = capsys.readouterr().out
         assert (json.loads(out)["text"] if extra else out.removesuffix("\n")) == answer(folder)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_predictions_read_one_model_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch, int8: bool) -> None:
+    opened, models = open_model(folder, int8=int8), []
+    short = opened.config.evaluate.model_copy(update={"max_new_tokens": 4})
+    opened.config = opened.config.model_copy(update={"evaluate": short})
+    inputs = ["hello", "there", "hello there", "user", "assistant"]
+    expected = [answer.answer for answer in predict(opened, inputs)]
+
+    def seen(model: Any, *given: Any, **options: Any) -> Any:
+        models.append(model)
+        return generate(model, *given, **options)
+
+    monkeypatch.setattr("isoform.serving.predict.generate", seen)
+    monkeypatch.setattr("isoform.serving.predict.CHUNK", 2)
+    assert [answer.answer for answer in predict(opened, inputs)] == expected
+    assert len(models) == 3 and all(model is opened.reading(int8=int8) for model in models)

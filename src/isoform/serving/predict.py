@@ -139,13 +139,12 @@ def _decisions(opened: Opened, documents: list[Document]) -> Iterator[Decision |
 def _answers(opened: Opened, documents: list[Document]) -> Iterator[Answer]:
     prompts = [prompt_of(opened, document) for document in documents]
     generations = generate(
-        opened.model,
+        opened.reading(int8=opened.int8),
         prompts,
         max_new_tokens=opened.config.evaluate.max_new_tokens,
         beams=opened.config.evaluate.beams,
         device=opened.device,
         autocast=opened.autocast,
-        int8=opened.int8,
     )
     for document, prompt, generation in zip(documents, prompts, generations, strict=True):
         said = opened.tokenizer.decode(generation.tokens)
