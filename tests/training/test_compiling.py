@@ -118,6 +118,15 @@ def test_what_is_slower_is_never_picked_and_it_is_measured_once(run, monkeypatch
     assert all(parameter.grad is None for parameter in run.model.parameters())
 
 
+def test_other_batches_and_other_numbers_of_processes_are_measured_by_themselves(make, run, monkeypatch):
+    def key(given, processes=1):
+        monkeypatch.setattr(Accelerator, "num_processes", processes)
+        return compiling._key(given, compiling._Pass(given, Accelerator(cpu=True)))
+
+    assert key(prepare(make())) == key(run) != key(run, processes=2)
+    assert key(run) != key(prepare(make({"train": {"batch_sequences": 2}})))
+
+
 def test_the_measurement_compares_two_ways_that_both_work(run, monkeypatch):
     monkeypatch.setattr(compiling, "RACE_SECONDS", 0.0)
     assert 0.001 < compiling._speedup(run.model, compiling._Pass(run, Accelerator(cpu=True))) < 1000

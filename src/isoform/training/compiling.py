@@ -5,6 +5,7 @@ Compiling takes a minute or more, which only hours repay; and on a processor who
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Mapping
@@ -82,7 +83,8 @@ def _measured(run: Prepared, accelerator: Accelerator) -> Choice:
         expected = ranks.mean((time.perf_counter() - began) * first.number, accelerator)
         if expected < WORTH_SECONDS:
             return False, None, f"about {expected:.0f} s of training are too few to repay it"
-        speedup = ranks.mean(machine.remembered(CACHE, _key(run), lambda: _speedup(run.model, first)), accelerator)
+        speedup = machine.remembered(CACHE, _key(run, first), lambda: _speedup(run.model, first))
+        speedup = ranks.mean(speedup, accelerator)
     except Exception as error:  # of the compiler or of too little memory, whatever it is: a run goes on without
         return False, None, f"not measured: {type(error).__name__}: {str(error).partition(chr(10))[0]}"
     finally:
@@ -109,6 +111,7 @@ class _Pass:
         )
         step = feed.at(0)
         self.run, self.batch, self.counts = run, step.batches[0], step.counts
+        self.processes = accelerator.num_processes
         self.number = run.num_steps * len(step.batches)
         self.module = LossModule(run.model, run.objective).train()
 
@@ -131,7 +134,7 @@ def _speedup(model: nn.Module, once: _Pass) -> float:
     return best["plain"] / best["compiled"]
 
 
-def _key(run: Prepared) -> str:
+def _key(run: Prepared, first: _Pass) -> str:
     """What decides it: machine, torch, kernels, precision, model, adapter, and how much passes through at once."""
     library = kernels.library() if kernels.switched_on() else None
     on = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else machine.cpu_model()
@@ -139,6 +142,6 @@ def _key(run: Prepared) -> str:
     parts = [run.resolved["model"], run.resolved["adapter"], run.resolved["objective"], train.recompute]
     shape = fingerprint([*parts, train.micro_batch_tokens, run.config.text.max_tokens])
     made_of = "plain torch" if library is None else library.key
-    return (
-        f"{on} | torch {torch.__version__} | {made_of} | {run.precision} | {torch.get_num_threads()} threads | {shape}"
-    )
+    tokens = 2 ** round(math.log2(max(1, first.batch.num_tokens)))
+    facts = [f"{on} | torch {torch.__version__} | {made_of} | {run.precision} | {torch.get_num_threads()} threads"]
+    return " | ".join([*facts, f"{first.processes} processes", f"about {tokens} tokens", shape])
