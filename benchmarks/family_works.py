@@ -20,16 +20,19 @@ QUICK_SIZES = {**SIZES, "layers": 1, "width": 32, "vocab": 128, "tokens": 128, "
 
 def side(family: str, folder: Path, setting: Setting) -> Done:
     """Both models' rates at equal and at mixed lengths, in the precision that training chooses here."""
+    import torch
     import transformers
     from benchmarks import families
 
-    from isoform import machine
+    from isoform.layers import choice
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     sizes = QUICK_SIZES if setting.quick else SIZES
-    precision = "fp32" if setting.quick else machine.choose_precision("auto", "cpu")
-    options = argparse.Namespace(**sizes, precision=precision)
+    options = argparse.Namespace(**sizes, precision="fp32")
+    if not setting.quick:
+        shape = choice.Shape.of(families.build(family, options)[0].config)
+        options.precision = choice.choose_precision("auto", torch.device("cpu"), [shape])
     rows: list[dict[str, Any]] = []
     for lengths in families.LENGTHS:
         row = families.measure(family, lengths, options)
@@ -37,8 +40,8 @@ def side(family: str, folder: Path, setting: Setting) -> Done:
             name: [tokens / each for tokens, each in zip(row.tokens, seconds, strict=True)]
             for name, seconds in (("our_rates", row.ours), ("their_rates", row.theirs))
         }
-        told = f"losses of one batch within {families.TOLERANCE[precision]:g} before the first update"
-        rows.append({"theirs": f"transformers, {precision}, {lengths} lengths", "told": told, **rates})
+        told = f"losses of one batch within {families.TOLERANCE[options.precision]:g} before the first update"
+        rows.append({"theirs": f"transformers, {options.precision}, {lengths} lengths", "told": told, **rates})
     return Done(len(rows), 1.0, {"rows": rows})
 
 

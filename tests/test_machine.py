@@ -59,22 +59,17 @@ def test_packages_have_a_version_or_none() -> None:
     assert versions["isoform"]
 
 
-def test_bf16_is_measured_once_for_a_processor_and_torch(own_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_measured_once_under_a_key(own_cache: Path) -> None:
     measured = []
 
-    def speedup(value: float) -> None:
-        monkeypatch.setattr(machine, "bf16_speedup", lambda: measured.append(value) or value)
+    def ask(key: str, value: float) -> float:
+        return machine.remembered(own_cache.name, key, lambda: measured.append(value) or value)
 
-    speedup(5.0)
-    assert machine.fast_bf16() and machine.fast_bf16()
-    assert measured == [5.0]
-    speedup(1.1)
-    monkeypatch.setattr(machine, "cpu_model", lambda: "another processor")
-    assert not machine.fast_bf16()
-    assert len(json.loads(own_cache.read_text())) == 2
+    assert ask("a processor", 5.0) == ask("a processor", 6.0) == 5.0
+    assert ask("another", 1.1) == 1.1 and measured == [5.0, 1.1]
+    assert json.loads(own_cache.read_text()) == {"a processor": 5.0, "another": 1.1}
     own_cache.write_text("not JSON")
-    assert not machine.fast_bf16()
-    assert measured == [5.0, 1.1, 1.1]
+    assert ask("another", 1.2) == 1.2
 
 
 def test_processes_that_ask_at_once_follow_one_answer(own_cache: Path) -> None:
@@ -102,28 +97,23 @@ def test_where_nothing_can_be_kept_it_is_measured_each_time(own_cache: Path) -> 
         assert machine.remembered(own_cache.name, "key", lambda answer=answer: answer) == answer
 
 
-def test_the_measurement_is_a_plausible_ratio_and_leaves_the_threads_alone() -> None:
-    threads = torch.get_num_threads()
-    assert 0.001 < machine.bf16_speedup() < 1000
-    assert torch.get_num_threads() == threads
-
-
 def test_precision_is_what_was_asked_or_what_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "fast_bf16", lambda: True)
-    assert machine.choose_precision("fp32", "cpu") == "fp32"
-    assert machine.choose_precision("bf16", "mps") == "bf16"
-    assert machine.choose_precision("auto", torch.device("cpu")) == "bf16"
-    assert machine.choose_precision("auto", "mps") == "fp32"
-    monkeypatch.setattr(machine, "fast_bf16", lambda: False)
-    assert machine.choose_precision("auto", "cpu") == "fp32"
+    def choose(asked: str, device: str | torch.device, is_fast: bool = True) -> str:
+        return machine.choose_precision(asked, device, lambda: is_fast)
+
+    assert choose("fp32", "cpu") == "fp32"
+    assert choose("bf16", "mps", False) == "bf16"
+    assert choose("auto", torch.device("cpu")) == "bf16"
+    assert choose("auto", "mps") == "fp32"
+    assert choose("auto", "cpu", False) == "fp32"
     for supported, expected in ((True, "bf16"), (False, "fp32")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, answer=supported: answer)
-        assert machine.choose_precision("auto", "cuda:0") == expected
+        assert choose("auto", "cuda:0") == expected
     with pytest.raises(ConfigError, match=r"train.precision: 'half' given; auto, fp32, bf16 or fp16 is expected"):
-        machine.choose_precision("half", "cpu")
-    assert machine.choose_precision("fp16", "cuda:0") == "fp16"
+        choose("half", "cpu")
+    assert choose("fp16", "cuda:0") == "fp16"
     with pytest.raises(ConfigError, match=r"train.precision: fp16 given, which needs a CUDA GPU, and this is cpu"):
-        machine.choose_precision("fp16", "cpu")
+        choose("fp16", "cpu")
 
 
 def test_ways_take_turns_and_the_least_seconds_count() -> None:

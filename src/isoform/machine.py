@@ -1,4 +1,4 @@
-"""What this machine is and can: cores, memory, devices, and whether it trains faster in bf16 than in fp32.
+"""What this machine is and can: cores, memory, devices, precisions; and what was measured of it, which is kept.
 
 torch is imported inside the functions that need it, so that a report or `--help` does without.
 """
@@ -33,8 +33,6 @@ PACKAGES = (
 _FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "bf16")
 # Of glibc's mallopt: from which size on a block is the system's own, and how much may lie free at the end of the heap.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
-# bf16 must be this much faster before its lower precision is worth having.
-_WORTHWHILE_RATIO = 1.2
 
 
 def describe() -> dict[str, Any]:
@@ -119,7 +117,7 @@ def choose_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def choose_precision(asked: str, device: str | torch.device, is_fast: Callable[[], bool] = lambda: fast_bf16()) -> str:
+def choose_precision(asked: str, device: str | torch.device, is_fast: Callable[[], bool]) -> str:
     """`fp32`, `bf16` or `fp16`: what was asked, or for `auto` bf16 where the device trains faster in it.
 
     is_fast: whether a CPU does. Raises: ConfigError for any other word, and for fp16 without a GPU.
@@ -138,34 +136,6 @@ def choose_precision(asked: str, device: str | torch.device, is_fast: Callable[[
 
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
     return "bf16" if kind == "cpu" and is_fast() else "fp32"
-
-
-def fast_bf16() -> bool:
-    """Whether this processor trains at least 1.2 times as fast in bf16 as in fp32; measured once, cached.
-
-    The answer is kept in the user's cache folder for this processor and torch version.
-    """
-    import torch
-
-    key = f"{cpu_model()} | torch {torch.__version__}"
-    return remembered("machine.json", key, lambda: bf16_speedup()) >= _WORTHWHILE_RATIO
-
-
-def bf16_speedup() -> float:
-    """Time of a training block in fp32 over that in bf16, with the casts of autocast.
-
-    One thread, and the fastest of several tries, since other work on the machine can only slow them down. Takes about
-    half a second.
-    """
-    import torch
-
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        best = race({name: training_block(name) for name in ("fp32", "bf16")}, 0.4)
-    finally:
-        torch.set_num_threads(num_threads)
-    return best["fp32"] / best["bf16"]
 
 
 def training_block(precision: str) -> Callable[[], object]:
