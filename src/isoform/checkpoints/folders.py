@@ -257,7 +257,9 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, device: str | torch.device
     with _about(path):
         config = cls.from_hf(found.hf_config)
         weights = cls.state_from_hf(found.hf_config, found.tensors)
-    model = _filled(cls(config, seed=None), weights, str(path), dtype, device)
+    found.tensors.clear()
+    # What was unpacked becomes the model's own: a copy would need as much memory again.
+    model = _filled(cls(config, seed=None), weights, str(path), dtype, device, assign=True)
     if found.tokenizer is not None:
         _check_ids(path, found.tokenizer, config)
     info = {"path": str(path), "extra": {}, "verified": False, "hf_config": found.hf_config, "packed": found.kinds}
@@ -265,10 +267,16 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, device: str | torch.device
 
 
 def _filled(
-    model: Any, weights: Mapping[str, Tensor], where: str, dtype: torch.dtype | None, device: str | torch.device
+    model: Any,
+    weights: Mapping[str, Tensor],
+    where: str,
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    *,
+    assign: bool = False,
 ) -> Any:
     """The model with these weights, in one precision, ready to be used."""
-    load_weights(model, weights, where)
+    load_weights(model, weights, where, assign=assign)
     wanted = dtype or next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
     for parameter in model.parameters():
         # Buffers (tables of angles, slopes) keep their precision, as they do in transformers.
@@ -299,8 +307,11 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         return dict(registry.lookup("model", family).state_from_hf(hf_config, weights))
 
 
-def load_weights(model: Any, weights: Mapping[str, Tensor], where: str) -> None:
-    """Copies weights into a model by name. Raises: CheckpointError that names what is missing, unknown or misshapen."""
+def load_weights(model: Any, weights: Mapping[str, Tensor], where: str, *, assign: bool = False) -> None:
+    """Copies weights into a model by name, or with `assign` makes them its own, laid out in order.
+
+    Raises: CheckpointError that names what is missing, unknown or misshapen.
+    """
     expected = model.state_dict()
     missing, unknown = sorted(set(expected) - set(weights)), sorted(set(weights) - set(expected))
     if missing or unknown:
@@ -315,7 +326,9 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], where: str) -> None:
                 f"{where}: {name} has the shape {tuple(tensor.shape)}, "
                 f"{tuple(expected[name].shape)} is expected from the config"
             )
-    model.load_state_dict(weights)
+    if assign:
+        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
+    model.load_state_dict(weights, assign=assign)
 
 
 def _identify(folder: Path, hf_config: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:
