@@ -107,6 +107,9 @@ def prepare(
         lookup("tracker", tracker, "track")
     family, options, start = model_section(config, start)
     layers = options.pop("layers", None) if family is None else None
+    draft: Objective = objective_class(objective_options, None, config.text.max_tokens)
+    if family is not None:
+        _check_ability(config, draft, family, str(config.model["family"]))
     device = device or machine.choose_device()
     shapes = [] if precision and kernels else shape_of(config, start)
     precision = firsts(precision or choice.choose_precision(config.train.precision, device, shapes), accelerator)
@@ -117,9 +120,6 @@ def prepare(
 
     # Master weights are float32, whatever the folder holds.
     loaded = load_model(start, dtype=torch.float32) if start is not None else None
-    draft: Objective = objective_class(objective_options, None, config.text.max_tokens)
-    if family is not None:
-        _check_ability(config, draft, family, str(config.model["family"]))
     splits = load_splits(config.data, draft.alternatives)
     if for_training and "train" not in splits.splits:
         raise ConfigError("data: no training split; give `data.path` or `data.train`")
