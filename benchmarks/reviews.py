@@ -36,7 +36,7 @@ class Size:
     # updates that are not timed
 
 
-FULL = Size(train=960, test=400, labelled=2000, batch=16, length=256, warm=2)
+FULL = Size(train=640, test=400, labelled=2000, batch=16, length=256, warm=2)
 QUICK = Size(train=64, test=40, labelled=60, batch=16, length=48, warm=1)
 
 
