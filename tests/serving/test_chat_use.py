@@ -48,7 +48,8 @@ def answer(folder: Path, **options: Any) -> str:
 def test_an_answer_continues_the_rendered_conversation(folder: Path) -> None:
     opened = open_model(folder)
     tokens = chat_tokens(opened.tokenizer, [{"role": "user", "content": "hello"}])
-    expected = generate(opened.model, [Prompt("prompt", tokens, opened.stop, 12, "hello")])[0]
+    prompt = Prompt("prompt", tokens, opened.stop, 12, "hello")
+    expected = generate(opened.model, [prompt], autocast=opened.autocast)[0]
     assert answer(folder) == opened.tokenizer.decode(expected.tokens)
     assert answer(folder) == answer(folder, temperature=0.0) != answer(folder, temperature=2.0)
     assert answer(folder) != "".join(isoform.generate(folder, "hello", temperature=0.0, max_new_tokens=12))
