@@ -148,15 +148,16 @@ def evaluate(
 
     Returns: rows of {metric, split, value, n, low, high}, and with int8 of {value_int8, change}.
     """
+    from dataclasses import replace
+
     from isoform.serving.use import open_model, score
 
-    def rows(narrow: bool) -> list[dict[str, Any]]:
-        asked = list(metrics) if metrics else None
-        return score(open_model(model, int8=narrow), data, split=split, metrics=asked, cache=_cache()).rows
-
-    found = rows(False)
-    if int8:
-        for row, other in zip(found, rows(True), strict=True):
+    opened = open_model(model)
+    ways = [opened, replace(opened, int8=True)] if int8 else [opened]
+    asked = list(metrics) if metrics else None
+    found, *narrow = [score(way, data, split=split, metrics=asked, cache=_cache()).rows for way in ways]
+    for others in narrow:
+        for row, other in zip(found, others, strict=True):
             row["value_int8"] = other["value"]
             row["change"] = None if None in (row["value"], other["value"]) else other["value"] - row["value"]
     return found

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from comparing import close, gradients, leaf
 from torch.nn import functional as F
 
 from isoform.contracts import IGNORE, Sequences
@@ -18,21 +19,6 @@ pytestmark = pytest.mark.skipif(kernels.library() is None, reason="no C++ compil
 tiles = pytest.mark.skipif(
     not (kernels.library() and kernels.library().has_tiles), reason="this processor has no matrix tiles"
 )
-
-
-def leaf(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
-
-
-def gradients(output, *inputs):
-    """Gradients of a sum with uneven weights, so that an error in any place is seen."""
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
-    return torch.autograd.grad((output.float() * weights).sum(), inputs)
-
-
-def close(ours, plain, relative):
-    return ((ours.double() - plain.double()).norm() / plain.double().norm()).item() < relative
 
 
 @pytest.mark.parametrize("centred", [True, False])

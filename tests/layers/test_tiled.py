@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from comparing import close, gradients, leaf
 
 from isoform.contracts import Sequences
 from isoform.layers import attention, kernels, tiled
@@ -13,21 +14,6 @@ from isoform.layers.relative import Relative
 pytestmark = pytest.mark.skipif(
     not (kernels.library() and kernels.library().has_tiles), reason="this processor has no matrix tiles"
 )
-
-
-def leaf(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(dtype).requires_grad_()
-
-
-def gradients(output, *inputs):
-    """Gradients of a sum with uneven weights, so that an error in any place is seen."""
-    weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(9))
-    return torch.autograd.grad((output.float() * weights).sum(), inputs)
-
-
-def close(ours, plain, relative):
-    return ((ours.double() - plain.double()).norm() / plain.double().norm()).item() < relative
 
 
 CASES = {

@@ -5,8 +5,6 @@ Sizes are symbols in it, so that another number of tokens does not have it made 
 
 from __future__ import annotations
 
-import os
-import shutil
 from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from isoform.layers.apart import keep_apart
+from isoform.layers.kernels import compiler
 from isoform.layers.recompute import Recomputable
 
 
@@ -47,8 +46,7 @@ def plainly(model: nn.Module) -> AbstractContextManager[object]:
 def missing(device: torch.device) -> str | None:
     """What the compiler lacks for such a device; None: nothing."""
     if device.type == "cpu":
-        found = os.environ.get("CXX") or any(map(shutil.which, ("g++", "c++", "clang++")))
-        return None if found else "no C++ compiler was found"
+        return None if compiler() else "no C++ compiler was found"
     if device.type == "cuda":
         return None if find_spec("triton") else "triton is not installed"
     return f"it is for processors and CUDA GPUs, this runs on {device.type}"

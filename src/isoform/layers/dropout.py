@@ -188,14 +188,15 @@ def _kept(
     hidden, onto = hidden.contiguous(), None if onto is None else onto.contiguous()
     output = torch.empty(hidden.shape, dtype=dtype)
     d = hidden.shape[-1]
-    masked = (None, 0, None) if keys is None else (keys.contiguous(), site, _hashes_on_cpu(d))
+    masked = (None, 0, None) if keys is None else (keys.contiguous(), site, hashes_on_cpu(d))
     how = (hidden.numel() // max(1, d), d, drop_threshold(rate), kept_inverse(rate), torch.get_num_threads())
     library.call("drop", (hidden.dtype, dtype), hidden, onto, output, *masked, *how)
     return output
 
 
 @lru_cache(maxsize=64)
-def _hashes_on_cpu(columns: int) -> Tensor:
+def hashes_on_cpu(columns: int) -> Tensor:
+    """`column_hashes` as the kernels read them."""
     return column_hashes(columns, torch.device("cpu"))
 
 

@@ -40,11 +40,16 @@ def served(model: Any) -> Any:
     call. It shares all parameters with the one given, and they may not change any more.
     """
     # Nothing tells of every change: a fused optimizer's step leaves the version of what it writes to as it was.
-    shared = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    shared = sharing(model)
     for layer in shared.modules():
         if isinstance(layer, Linear):
             layer.converted = {}
     return shared
+
+
+def sharing(model: Any) -> Any:
+    """A copy of the model with the same parameters, not equal ones."""
+    return copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
 
 
 def linear(inputs: int, outputs: int, *, bias: bool) -> Linear:

@@ -170,7 +170,7 @@ def why_plain() -> str:
     """Why `library` is None."""
     if _switched_off():
         return "switched off by ISOFORM_NATIVE=0"
-    if _compiler() is None:
+    if compiler() is None:
         return "no C++ compiler was found"
     return f"they could not be compiled, see {machine.cache_folder() / 'native'}"
 
@@ -189,18 +189,19 @@ def serves(*tensors: Tensor | None) -> Library | None:
     return library() if _switch["on"] else None
 
 
-def _compiler() -> str | None:
+def compiler() -> str | None:
+    """The C++ compiler that is here."""
     return os.environ.get("CXX") or next(filter(None, map(shutil.which, ("g++", "c++", "clang++"))), None)
 
 
 def _built() -> Path | None:
     """The compiled file; a failure is kept too, so that it costs its seconds once."""
-    compiler = _compiler()
-    if compiler is None:
+    command = compiler()
+    if command is None:
         return None
     sources = {file.name: file.read_text(encoding="utf-8") for file in sorted(SOURCES.iterdir())}
     flags = sorted(machine.cpu_flags())
-    key = storage.fingerprint([sources, FLAGS, EXTRAS, compiler, machine.cpu_model(), flags, torch.__version__])
+    key = storage.fingerprint([sources, FLAGS, EXTRAS, command, machine.cpu_model(), flags, torch.__version__])
     folder = machine.cache_folder() / "native"
     made, failed = folder / f"{key}.so", folder / f"{key}.failed"
     if made.exists():
@@ -209,7 +210,7 @@ def _built() -> Path | None:
         return None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        message = _compile(compiler, made)
+        message = _compile(command, made)
         if message is not None:
             storage.write_text(failed, message)
     except OSError:

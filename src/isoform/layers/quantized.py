@@ -8,7 +8,6 @@ s_x = max |x| / 127, by torch's integer product.
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from isoform.layers import kernels
 from isoform.layers.decoding import Packed
+from isoform.layers.init import sharing
 from isoform.layers.lora import LowRankLinear
 
 # Fewer are refused by CUDA's integer product.
@@ -74,8 +74,7 @@ def in_int8(model: Any) -> Any:
     ]
     if not found:
         return model
-    parameters = {id(parameter): parameter for parameter in model.parameters()}
-    quantized = copy.deepcopy(model, parameters)
+    quantized = sharing(model)
     for name, layer in found:
         owner, _, leaf = name.rpartition(".")
         setattr(quantized.get_submodule(owner), leaf, Int8Linear(layer))

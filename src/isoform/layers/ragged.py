@@ -30,6 +30,15 @@ def starts(sequences: Sequences) -> list[int]:
     return [0, *accumulate(sequences.lengths)][: len(sequences)]
 
 
+def bounds(sequences: Sequences, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """`(b + 1,)`: where each sequence begins, and the end of the last."""
+
+    def make() -> Tensor:
+        return torch.tensor([*starts(sequences), sequences.num_tokens], dtype=dtype)
+
+    return derived(sequences, f"bounds {dtype}", device, make)
+
+
 def rows(sequences: Sequences, device: torch.device) -> Tensor:
     """`(n,)` the number of the sequence that each token belongs to."""
 

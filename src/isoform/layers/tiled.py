@@ -10,10 +10,11 @@ from torch import Tensor
 
 from isoform.contracts import Sequences
 from isoform.layers import ragged
-from isoform.layers.dropout import DropoutSite, column_hashes, drop_threshold, kept_inverse
+from isoform.layers.dropout import DropoutSite, drop_threshold, hashes_on_cpu, kept_inverse
 from isoform.layers.kernels import AttentionCall, AttentionGradients, Drop, Library, serves
 from isoform.layers.relative import Relative
 
+CPU = torch.device("cpu")
 # The kernel rounds lengths up to it.
 KERNEL_BLOCK = 32
 # Shorter sequences, such as single tokens in decoding, leave the matrix tiles empty.
@@ -86,8 +87,8 @@ class _AttentionPlan:
     ) -> None:
         heads, width = shape[1:]
         self.tensors = {
-            "query_starts": _bounds(queries),
-            "key_starts": _bounds(keys),
+            "query_starts": ragged.bounds(queries, CPU),
+            "key_starts": ragged.bounds(keys, CPU),
             "prefixes": torch.tensor(queries.prefixes) if queries.prefixes else None,
         }
         self.call = AttentionCall(
@@ -103,7 +104,7 @@ class _AttentionPlan:
         )
         if dropout is not None:
             self.tensors["keys"] = dropout.row_keys(heads).contiguous()
-            self.tensors["columns"] = _columns(keys)
+            self.tensors["columns"] = hashes_on_cpu((keys.max_length // KERNEL_BLOCK + 1) * KERNEL_BLOCK)
             self.call.drop = Drop(
                 keys=_address(self.tensors["keys"]),
                 columns=_address(self.tensors["columns"]),
@@ -164,20 +165,6 @@ class _Attention(torch.autograd.Function):
 def _side_by_side(states: Tensor) -> Tensor:
     """`(n, heads, k)` with the heads of a token next to one another, as they mostly are."""
     return states if states.stride()[1:] == (states.shape[2], 1) else states.contiguous()
-
-
-def _bounds(sequences: Sequences) -> Tensor:
-    """int64 `(b + 1,)`: where each sequence begins, and the end of the last."""
-    cpu = torch.device("cpu")
-    return ragged.derived(
-        sequences, "bounds", cpu, lambda: torch.tensor([*ragged.starts(sequences), sequences.num_tokens])
-    )
-
-
-def _columns(keys: Sequences) -> Tensor:
-    """The hashes of the columns of scores, made once for all layers; the kernel rounds the longest sequence up."""
-    cpu = torch.device("cpu")
-    return ragged.derived(keys, "columns", cpu, lambda: column_hashes(keys.max_length + KERNEL_BLOCK, cpu))
 
 
 def _address(tensor: Tensor | None) -> int | None:

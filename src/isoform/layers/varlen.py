@@ -119,8 +119,8 @@ def _by_torch(
         query,
         key,
         value,
-        bounds(queries, query.device),
-        bounds(keys, query.device),
+        ragged.bounds(queries, query.device, torch.int32),
+        ragged.bounds(keys, query.device, torch.int32),
         queries.max_length,
         keys.max_length,
         scale=scale,
@@ -148,8 +148,8 @@ def _by_package(
         query,
         key,
         value,
-        bounds(queries, query.device),
-        bounds(keys, query.device),
+        ragged.bounds(queries, query.device, torch.int32),
+        ragged.bounds(keys, query.device, torch.int32),
         queries.max_length,
         keys.max_length,
         softmax_scale=scale,
@@ -158,15 +158,6 @@ def _by_package(
         alibi_slopes=None if slopes is None else _lean(queries, slopes, query.device),
     )
     return output
-
-
-def bounds(sequences: Sequences, device: torch.device) -> Tensor:
-    """int32 `(b + 1,)`: where each sequence begins, and the end of the last."""
-
-    def make() -> Tensor:
-        return torch.tensor([*ragged.starts(sequences), sequences.num_tokens], dtype=torch.int32)
-
-    return ragged.derived(sequences, "int32 bounds", device, make)
 
 
 def _lean(queries: Sequences, slopes: tuple[float, ...], device: torch.device) -> Tensor:

@@ -1,4 +1,4 @@
-// Fused passes over memory for small transformers on a CPU; `native.py` compiles and calls them, `fused.py` puts them
+// Fused passes over memory for small transformers on a CPU; `kernels.py` compiles and calls them, `fused.py` puts them
 // into autograd, and the tests hold each against plain torch.
 //
 // Every sum over rows is taken in chunks of fixed size, so that the number of threads cannot change a bit.
@@ -9,13 +9,12 @@
 #include <cstring>
 #include <vector>
 
+#include "activations.h"
 #include "numbers.h"
 
 namespace {
 
 constexpr int64_t CHUNK_ROWS = 128;
-
-inline float logistic(float x) { return 1.0f / (1.0f + exponential(-x)); }
 
 inline float polynomial(float, float only) { return only; }
 template <class... More>
@@ -37,7 +36,7 @@ struct Pair {
 // The polynomials below are least-maximum fits; their errors are a thousandth of what rounding to bfloat16 does.
 struct Silu {
     static Pair at(float x) {
-        const float s = logistic(x);
+        const float s = sigmoid(x);
         return {x * s, s * (1.0f + x * (1.0f - s))};
     }
 };
@@ -68,8 +67,8 @@ struct GeluTanh {
 // The same to the precision of float32.
 struct WideGeluTanh {
     static Pair at(float x) {
-        // x/2 (1 + tanh(y)) = x logistic(2 y)
-        const float s = logistic(1.5957691216f * (x + 0.044715f * x * x * x));
+        // x/2 (1 + tanh(y)) = x sigmoid(2 y)
+        const float s = sigmoid(1.5957691216f * (x + 0.044715f * x * x * x));
         return {x * s, s + x * s * (1.0f - s) * 1.5957691216f * (1.0f + 0.134145f * x * x)};
     }
 };
@@ -310,7 +309,7 @@ void nats_backward(const float* grad, const T* logits, const int64_t* targets, c
 
 }  // namespace
 
-// ------------------------------------------------------------------------------------------- what `native.py` can call
+// ------------------------------------------------------------------------------------------- what `kernels.py` can call
 
 #define NORM_FORWARD(NAME, X, Y)                                                                                    \
     extern "C" void NAME(const X* x, const float* weight, const float* bias, Y* y, float* mean, float* inverse,      \

@@ -231,10 +231,7 @@ inline void tiles_bf16(const Matrix& w, const Rows& x, int64_t slab, const Targe
     for (int64_t r = 0; r < x.count; r += 16) {
         const bf16 *high = x.high<bf16>(r), *low = x.low<bf16>(r);
         const uint8_t* place = static_cast<const uint8_t*>(w.weight) + w.place(slab, 0, 0, 0);
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
+        zero_sums();
         for (int64_t block = 0; block < blocks; block++, place += 256) {
             fetch(place + 4 * 256, stream, 256);
             _tile_loadd(4, high + block * 32, x.stride * 2);
@@ -276,10 +273,7 @@ inline void tiles_int8(const Matrix& w, const Rows& x, int64_t slab, const Targe
         for (int64_t r = 0; r < x.count; r += 16) {
             const int8_t *high = x.high<int8_t>(r), *low = x.low<int8_t>(r);
             const uint8_t* place = static_cast<const uint8_t*>(w.weight) + w.place(slab, half, 0, 0);
-            _tile_zero(0);
-            _tile_zero(1);
-            _tile_zero(2);
-            _tile_zero(3);
+            zero_sums();
             for (int64_t block = 0; block < blocks; block++, place += 128) {
                 fetch(place + 4 * 128, stream, 128);
                 _tile_loadd(4, high + block * 64, x.stride);

@@ -31,25 +31,17 @@ Buffer<T> buffer(int64_t count) {
 }
 
 // Of 32 rows, or fewer: rows 2 i and 2 i + 1 of 32 columns, with zeros where there are none.
-struct TwoRows {
-    __m512i even, odd;
-    TwoRows(const bf16* in, int64_t stride, int64_t rows, int64_t i, __mmask32 columns)
-        : even(_mm512_maskz_loadu_epi16(2 * i < rows ? columns : 0, in + 2 * i * stride)),
-          odd(_mm512_maskz_loadu_epi16(2 * i + 1 < rows ? columns : 0, in + (2 * i + 1) * stride)) {}
-};
+inline Two two_rows(const bf16* in, int64_t stride, int64_t rows, int64_t i, __mmask32 columns) {
+    return {_mm512_maskz_loadu_epi16(2 * i < rows ? columns : 0, in + 2 * i * stride),
+            _mm512_maskz_loadu_epi16(2 * i + 1 < rows ? columns : 0, in + (2 * i + 1) * stride)};
+}
 
 // Each panel's next two tiles: 16 of its columns each, 32 rows side by side.
 void pack_turned(const bf16* in, int64_t stride, int64_t rows, int64_t columns, bf16* out) {
-    const __m512i low = _mm512_set1_epi32(0xFFFF);
-    __m512i even[16], odd[16];  // columns; a word has two rows of one
+    __m512i even[16], odd[16];
     for (int64_t c = 0; c < columns; c += BLOCK, out += PANEL) {
-        for (int64_t i = 0; i < 16; i++) {
-            const TwoRows two(in + c, stride, rows, i, first_32(columns - c));
-            even[i] = _mm512_or_si512(_mm512_and_si512(two.even, low), _mm512_slli_epi32(two.odd, 16));
-            odd[i] = _mm512_or_si512(_mm512_srli_epi32(two.even, 16), _mm512_andnot_si512(low, two.odd));
-        }
-        turn(even);
-        turn(odd);
+        const __mmask32 real = first_32(columns - c);
+        turn_halves([=](int64_t i) { return two_rows(in + c, stride, rows, i, real); }, even, odd);
         for (int64_t i = 0; i < 16; i++) {
             _mm512_store_si512(out + 2 * i * BLOCK, even[i]);
             _mm512_store_si512(out + (2 * i + 1) * BLOCK, odd[i]);
@@ -64,26 +56,16 @@ void pack_paired(const bf16* in, int64_t stride, int64_t rows, int64_t columns, 
     const __m512i first = _mm512_load_si512(mixed), last = _mm512_add_epi16(first, _mm512_set1_epi16(16));
     for (int64_t i = 0; i < 16; i++)
         for (int64_t c = 0; c < columns; c += BLOCK) {
-            const TwoRows two(in + c, stride, rows, i, first_32(columns - c));
+            const Two two = two_rows(in + c, stride, rows, i, first_32(columns - c));
             bf16* place = out + c / BLOCK * PANEL + i * BLOCK;
-            _mm512_store_si512(place, _mm512_permutex2var_epi16(two.even, first, two.odd));
-            _mm512_store_si512(place + TILE, _mm512_permutex2var_epi16(two.even, last, two.odd));
+            _mm512_store_si512(place, _mm512_permutex2var_epi16(two.first, first, two.second));
+            _mm512_store_si512(place + TILE, _mm512_permutex2var_epi16(two.first, last, two.second));
         }
 }
 
 // c (32, 32) = or += the product of two panels of `steps` times 32 rows.
 void panel_product(const bf16* a, const bf16* b, float* c, int64_t stride, int64_t steps, bool add) {
-    if (add) {
-        _tile_loadd(0, c, stride * 4);
-        _tile_loadd(1, c + 16, stride * 4);
-        _tile_loadd(2, c + 16 * stride, stride * 4);
-        _tile_loadd(3, c + 16 * stride + 16, stride * 4);
-    } else {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-    }
+    begin_sums(c, stride, add);
     for (int64_t step = 0; step < steps; step++, a += 2 * TILE, b += 2 * TILE) {
         _tile_loadd(4, a, 64);
         _tile_loadd(6, b, 64);
@@ -94,10 +76,7 @@ void panel_product(const bf16* a, const bf16* b, float* c, int64_t stride, int64
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, c, stride * 4);
-    _tile_stored(1, c + 16, stride * 4);
-    _tile_stored(2, c + 16 * stride, stride * 4);
-    _tile_stored(3, c + 16 * stride + 16, stride * 4);
+    write_sums(c, stride);
 }
 
 }  // namespace

@@ -54,6 +54,22 @@ inline void turn(__m512i* rows) {
     }
 }
 
+// 32 rows of 32 columns, given two and two, become columns: column 2 i is `even[i]`, column 2 i + 1 is `odd[i]`.
+template <class TwoRows>
+inline void turn_halves(TwoRows two_rows, __m512i* even, __m512i* odd) {
+    const __m512i low = _mm512_set1_epi32(0xFFFF);
+    for (int64_t i = 0; i < 16; i++) {
+        const auto [first, second] = two_rows(i);
+        even[i] = _mm512_or_si512(_mm512_and_si512(first, low), _mm512_slli_epi32(second, 16));
+        odd[i] = _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_andnot_si512(low, second));
+    }
+    turn(even);
+    turn(odd);
+}
+struct Two {
+    __m512i first, second;
+};
+
 // One head of a sequence's rows, which begin at `states`, with zeros below and to the right up to whole blocks.
 inline void read_head(const bf16* states, int64_t stride, int64_t rows, int64_t width, bf16* out) {
     const int64_t columns = rounded(width);
@@ -89,18 +105,14 @@ inline void pair_columns(const bf16* in, int64_t rows, int64_t columns, uint32_t
 
 // (rows, columns) -> (columns, rows)
 inline void transpose(const bf16* in, int64_t rows, int64_t columns, bf16* out) {
-    __m512i even[16], odd[16];  // columns; a word has two rows of one
-    const __m512i low = _mm512_set1_epi32(0xFFFF);
+    __m512i even[16], odd[16];
     for (int64_t r = 0; r < rows; r += 32)
         for (int64_t c = 0; c < columns; c += 32) {
-            for (int64_t i = 0; i < 16; i++) {
-                const __m512i first = _mm512_loadu_si512(in + (r + 2 * i) * columns + c);
-                const __m512i second = _mm512_loadu_si512(in + (r + 2 * i + 1) * columns + c);
-                even[i] = _mm512_or_si512(_mm512_and_si512(first, low), _mm512_slli_epi32(second, 16));
-                odd[i] = _mm512_or_si512(_mm512_srli_epi32(first, 16), _mm512_andnot_si512(low, second));
-            }
-            turn(even);
-            turn(odd);
+            const auto two_rows = [=](int64_t i) {
+                const bf16* place = in + (r + 2 * i) * columns + c;
+                return Two{_mm512_loadu_si512(place), _mm512_loadu_si512(place + columns)};
+            };
+            turn_halves(two_rows, even, odd);
             for (int64_t i = 0; i < 16; i++) {
                 _mm512_storeu_si512(out + (c + 2 * i) * rows + r, even[i]);
                 _mm512_storeu_si512(out + (c + 2 * i + 1) * rows + r, odd[i]);
@@ -156,23 +168,34 @@ private:
     alignas(64) unsigned char before_[64] = {};
 };
 
+// Sums of 32 rows and columns, in the first four tiles: begun at zero or at what is there, and written.
+inline void zero_sums() {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+}
+inline void begin_sums(const float* c, int64_t stride, bool add) {
+    if (!add) return zero_sums();
+    _tile_loadd(0, c, stride * 4);
+    _tile_loadd(1, c + 16, stride * 4);
+    _tile_loadd(2, c + 16 * stride, stride * 4);
+    _tile_loadd(3, c + 16 * stride + 16, stride * 4);
+}
+inline void write_sums(float* c, int64_t stride) {
+    _tile_stored(0, c, stride * 4);
+    _tile_stored(1, c + 16, stride * 4);
+    _tile_stored(2, c + 16 * stride, stride * 4);
+    _tile_stored(3, c + 16 * stride + 16, stride * 4);
+}
+
 // c (m, n) = or += a (m, k) times b, b paired (k / 2, n): m, n and k multiples of 32; strides in elements.
 inline void product(const bf16* a, int64_t a_stride, const uint32_t* b, int64_t b_stride, float* c, int64_t c_stride,
                     int64_t m, int64_t n, int64_t k, bool add) {
     for (int64_t i = 0; i < m; i += 32)
         for (int64_t j = 0; j < n; j += 32) {
             float* out = c + i * c_stride + j;
-            if (add) {
-                _tile_loadd(0, out, c_stride * 4);
-                _tile_loadd(1, out + 16, c_stride * 4);
-                _tile_loadd(2, out + 16 * c_stride, c_stride * 4);
-                _tile_loadd(3, out + 16 * c_stride + 16, c_stride * 4);
-            } else {
-                _tile_zero(0);
-                _tile_zero(1);
-                _tile_zero(2);
-                _tile_zero(3);
-            }
+            begin_sums(out, c_stride, add);
             for (int64_t p = 0; p < k; p += 32) {
                 _tile_loadd(4, a + i * a_stride + p, a_stride * 2);
                 _tile_loadd(5, a + (i + 16) * a_stride + p, a_stride * 2);
@@ -183,10 +206,7 @@ inline void product(const bf16* a, int64_t a_stride, const uint32_t* b, int64_t 
                 _tile_dpbf16ps(2, 5, 6);
                 _tile_dpbf16ps(3, 5, 7);
             }
-            _tile_stored(0, out, c_stride * 4);
-            _tile_stored(1, out + 16, c_stride * 4);
-            _tile_stored(2, out + 16 * c_stride, c_stride * 4);
-            _tile_stored(3, out + 16 * c_stride + 16, c_stride * 4);
+            write_sums(out, c_stride);
         }
 }
 
