@@ -296,6 +296,8 @@ class StudyConfig(Section):
     base: dict[str, Any] = {}
     stages: dict[str, dict[str, Any]]
     arms: dict[str, ArmConfig]
+    trials: dict[str, Any] = {}
+    # field -> value in every trial of `tune`, whose own values come after it: fewer epochs, say
     seeds: Positive = 3
     seed: int = Field(0, ge=0)
     # the first of the seeds, shared by all arms

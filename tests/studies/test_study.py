@@ -21,6 +21,7 @@ from isoform.studies.audit_rows import (
     TEST,
     UNKNOWN,
 )
+from isoform.studies.forecast import forecast
 from isoform.studies.outside import compare_results
 from isoform.studies.study import study
 from isoform.training.run import train
@@ -116,6 +117,28 @@ def test_tune_gives_each_setting_one_trial_and_keeps_the_best_on_the_selection_s
     assert [trial["chosen"] for trial in trials] == [False, True]
     assert trials[1]["value"] < trials[0]["value"]
     assert results["arms"][1]["differences"]["train.learning_rate"] == 0.02
+
+
+def test_trials_are_as_short_as_the_study_says_and_the_plan_counts_them(values, tmp_path):
+    """Also where an arm starts from what a tuned arm has made, whose setting has to be known first."""
+    values["arms"] = {
+        "tuned": {"stages": ["finetune"], "tune": {"train.learning_rate": [1e-6, 0.02]}},
+        "onwards": {
+            "stages": ["finetune"],
+            "model": {"from": "arm:tuned"},
+            "tune": {"train.learning_rate": [0.01, 0.005]},
+        },
+    }
+    values["questions"], values["trials"] = [], {"train.max_steps": 3}
+    planned = {stage["name"]: stage["runs"] for stage in forecast(values)["stages"]}
+    assert planned["tuned: finetune, trial"] == planned["tuned: finetune"] == 2
+    results = study(values, tmp_path / "out", quiet=True)
+    assert [trial["chosen"] for trial in results["arms"][0]["tuning"]] == [False, True]
+    steps = [read_json(path)["steps"] for path in (tmp_path / "out").glob("stages/*/manifest.json")]
+    assert sorted(steps) == [3] * 4 + [6] * 4
+    first, second = ([tmp_path / "out" / run["final"] for run in arm["runs"]] for arm in results["arms"])
+    for made, began in zip(first, second, strict=True):
+        assert str(made / "final") in (began / "config.yaml").read_text(), "of the setting that was chosen"
 
 
 def test_trials_do_not_look_at_the_test_split(values, tmp_path):

@@ -46,13 +46,13 @@ def forecast(values: dict[str, Any], *, attempt: bool = False) -> dict[str, Any]
             config = probes.placed(run.config)
             plan = measured(config, precision, workers) if workers else plan_config(config, precision)
             stages.append({"name": label, "runs": count, **plan})
-    trials = {name: _num_trials(options.tune) for name, options in layout.arms() if options.tune}
+    trials = {name: len(layout.trials(name)) for name, options in layout.arms() if options.tune}
     attempted = _attempt_study(layout) if attempt else None
     return _total(study.name, stages, audit.before(layout), trials=trials, attempt=attempted, jobs=jobs)
 
 
 def _distinct(layout: Layout) -> list[tuple[str, StageRun, int]]:
-    """(label, a run of it, how many runs there are) for each stage that differs by more than the seed."""
+    """(label, a run of it, how many runs there are) for each stage that differs by more than seed or tuned values."""
     counted: dict[str, tuple[str, StageRun, int]] = {}
     first = layout.seeds[0]
     labels = {
@@ -61,14 +61,14 @@ def _distinct(layout: Layout) -> list[tuple[str, StageRun, int]]:
     for run in layout.all():
         if run.seed == first:
             counted[run.key] = (labels[run.key], run, len(layout.seeds))
+    for arm, _ in layout.arms():
+        trials: dict[str, dict[str, StageRun]] = {}
+        for run in (run for _, chain in layout.trials(arm) for run in chain if run.key not in counted):
+            trials.setdefault(run.stage, {})[run.key] = run
+        for stage, runs in trials.items():
+            key, run = next(iter(runs.items()))
+            counted[key] = (f"{arm}: {stage}, trial", run, len(runs))
     return list(counted.values())
-
-
-def _num_trials(tune: dict[str, list[Any]]) -> int:
-    trials = 1
-    for choices in tune.values():
-        trials *= len(choices)
-    return trials
 
 
 def _one_step(config: RunConfig) -> RunConfig:

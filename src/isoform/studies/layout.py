@@ -87,8 +87,9 @@ class Layout:
     def chain(self, arm: str, seed: int, settings: dict[str, Any] | None = None) -> list[StageRun]:
         """The stages of an arm at a seed, each starting from the one before; `settings` are tuned fields to try."""
         runs: list[StageRun] = []
+        changes = self.chosen.get(arm, {}) if settings is None else {**self.study.trials, **settings}
         for stage in self.study.arms[arm].stages or [AS_IS]:
-            config = self.config(arm, stage, seed, settings if settings is not None else self.chosen.get(arm, {}))
+            config = self.config(arm, stage, seed, changes)
             if settings is not None:
                 config = _blind(config)
             parent = runs[-1] if runs else None
@@ -107,6 +108,14 @@ class Layout:
         if self.study.arms[name].results is not None:
             raise ConfigError(f"arms.{arm}: {ARM}{name} has results from elsewhere and no model here; name another arm")
         return self.chain(name, seed)[-1]
+
+    def trials(self, arm: str) -> list[tuple[dict[str, Any], list[StageRun]]]:
+        """Each setting of an arm's `tune`, and its stages at the first seed."""
+        tune = self.study.arms[arm].tune
+        if not tune:
+            return []
+        settings = [dict(zip(tune, values, strict=True)) for values in itertools.product(*tune.values())]
+        return [(setting, self.chain(arm, self.seeds[0], setting)) for setting in settings]
 
     def all(self) -> Iterator[StageRun]:
         """Every distinct stage run, in the order in which it is carried out: seed by seed, arm by arm."""
@@ -135,7 +144,7 @@ class Layout:
         if parts[0] in self.study.stages:
             return parts[1:] if parts[0] == stage else []
         if parts[0] not in RunConfig.model_fields:
-            raise ConfigError(f"tune: {path!r} names neither a section of a run nor a stage")
+            raise ConfigError(f"tune, trials: {path!r} names neither a section of a run nor a stage")
         return parts
 
     def _key(self, config: RunConfig, parent: StageRun | None, others: Mapping[str, StageRun], *, trains: bool) -> str:

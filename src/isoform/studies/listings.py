@@ -91,7 +91,7 @@ def print_plan(plan: dict[str, Any], console: Console) -> None:
         f"{stage['precision']} on {stage['device']}; memory {peak:.2f} of {memory}; disk {disk} of {free} free",
     )
     for name, trials in plan["tuning_trials"].items():
-        print_line(console, "", f"tuning: {trials} settings of {name} with the first seed, not in the total below")
+        print_line(console, "", f"tuning: {trials} settings of {name} with the first seed")
     together = f"all runs together, {plan['jobs']} at a time" if plan["jobs"] > 1 else "all runs together"
     if plan["seconds_total"] is not None:
         print_line(console, "", f"{together}: about {wording.duration_text(plan['seconds_total'])}", "bold")

@@ -5,7 +5,6 @@ lay out -> audit the plan -> tune -> train stage by stage -> read scores -> comp
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from isoform.layers.choice import Shape
 from isoform.registry import lookup
 from isoform.storage import fingerprint, iterate_jsonl, locked, read_json, write_json, write_text
 from isoform.studies import audit
-from isoform.studies.layout import ARM, AS_IS, Layout, StageRun, config_differences
+from isoform.studies.layout import ARM, AS_IS, Layout, StageRun, arms_of, config_differences
 from isoform.studies.outside import read_results
 from isoform.studies.report import write_report
 from isoform.studies.scores import Scores, load_scores
@@ -140,29 +139,46 @@ def _refuse(rows: list[dict[str, Any]]) -> None:
 def _tune(
     layout: Layout, folder: Path, train_missing: Callable[[Sequence[StageRun], str], None]
 ) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Each arm's best setting on its selection split, by the first seed."""
+    """Each arm's best setting on its selection split, by the first seed.
+
+    Trials run side by side over the arms, up to one that asks for the model of another, whose setting must be known.
+    """
     chosen: dict[str, dict[str, Any]] = {}
     trials: dict[str, list[dict[str, Any]]] = {}
+    waiting: list[str] = []
+
+    def decide_waiting() -> None:
+        tried = {arm: layout.trials(arm) for arm in waiting}
+        runs = [run for pairs in tried.values() for _, chain in pairs for run in chain]
+        if runs:
+            train_missing(runs, "trials: ")
+        for arm, pairs in tried.items():
+            trials[arm] = _judged(pairs, folder)
+            chosen[arm] = next(row["setting"] for row in trials[arm] if row["chosen"])
+        layout.chosen = dict(chosen)
+        waiting.clear()
+
     for arm, options in layout.arms():
         if not options.tune:
             continue
-        settings = [
-            dict(zip(options.tune, combination, strict=True))
-            for combination in itertools.product(*options.tune.values())
-        ]
-        chains = [layout.chain(arm, layout.seeds[0], setting) for setting in settings]
-        train_missing([run for chain in chains for run in chain], f"trials of {arm}: ")
-        rows: list[dict[str, Any]] = [
-            {"setting": setting, "value": _selected_value(chain[-1], folder)}
-            for setting, chain in zip(settings, chains, strict=True)
-        ]
-        select = chains[0][-1].config.train.select
-        sign = 1 if lookup("metric", select.metric).higher_is_better else -1
-        best = max(rows, key=lambda row: -math.inf if row["value"] is None else sign * row["value"])
-        for row in rows:
-            row["chosen"] = row is best
-        chosen[arm], trials[arm] = best["setting"], rows
+        if any(arms_of(layout.config(arm, stage, layout.seeds[0], {})) for stage in options.stages):
+            decide_waiting()
+        waiting.append(arm)
+    decide_waiting()
     return chosen, trials
+
+
+def _judged(pairs: list[tuple[dict[str, Any], list[StageRun]]], folder: Path) -> list[dict[str, Any]]:
+    """The settings of an arm with their values on the selection split; the first of the best is chosen."""
+    rows: list[dict[str, Any]] = [
+        {"setting": setting, "value": _selected_value(chain[-1], folder)} for setting, chain in pairs
+    ]
+    select = pairs[0][1][-1].config.train.select
+    sign = 1 if lookup("metric", select.metric).higher_is_better else -1
+    best = max(rows, key=lambda row: -math.inf if row["value"] is None else sign * row["value"])
+    for row in rows:
+        row["chosen"] = row is best
+    return rows
 
 
 def _selected_value(run: StageRun, folder: Path) -> float | None:
