@@ -202,6 +202,30 @@ def test_gradients_of_a_linear_layer_are_those_in_float32_of_what_was_rounded(ro
 
 
 @tiles
+@pytest.mark.parametrize("trained", [(0,), (1,), (2,), (0, 2), (1, 2), ()])
+def test_what_is_not_trained_gets_no_gradient_and_changes_none(trained):
+    tensors = [leaf(300, 64), leaf(96, 64, seed=1), leaf(96, seed=2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        whole = fused.linear(*tensors)
+        given = [tensor.detach().requires_grad_(index in trained) for index, tensor in enumerate(tensors)]
+        part = fused.linear(*given)
+    assert torch.equal(whole, part) and part.requires_grad == bool(trained)
+    if trained:
+        wanted = torch.autograd.grad(whole, [tensors[index] for index in trained], torch.ones_like(whole))
+        found = torch.autograd.grad(part, [given[index] for index in trained], torch.ones_like(part))
+        assert all(itertools.starmap(torch.equal, zip(found, wanted, strict=True)))
+
+
+@tiles
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("rows", [8, 300])
+def test_weights_that_were_converted_before_give_what_torch_gives(rows, biased):
+    hidden, weight, bias = leaf(rows, 64), leaf(96, 64, seed=1), leaf(96, seed=2) if biased else None
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fused.linear(hidden, weight.bfloat16(), bias), F.linear(hidden, weight, bias))
+
+
+@tiles
 def test_few_rows_and_small_matrices_are_left_to_torch():
     with torch.autocast("cpu", torch.bfloat16):
         for rows, inputs, outputs in ((255, 64, 64), (300, 64, 31), (300, 31, 64)):

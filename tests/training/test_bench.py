@@ -50,6 +50,7 @@ def test_an_operation_belongs_to_whoever_called_it():
         ("_NormBackward", None, "norms and elementwise"),
         ("_Drop", None, "norms and elementwise"),
         ("_LinearBackward", None, "matrix products"),
+        ("mkldnn::_linear_pointwise", None, "matrix products"),
         ("aten::bmm", attention, "attention"),
         ("aten::_log_softmax", None, "loss"),
         ("autograd::engine::evaluate_function: MmBackward0", None, "other"),

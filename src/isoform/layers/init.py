@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.utils import skip_init
 
 from isoform.chance import key64
@@ -31,7 +30,7 @@ class Linear(nn.Linear):
             dtype = torch.get_autocast_dtype(kind)
             if dtype not in self.converted:
                 self.converted[dtype] = self.weight.detach().to(dtype)
-            return F.linear(hidden, self.converted[dtype], self.bias)
+            return fused.linear(hidden, self.converted[dtype], self.bias)
         return fused.linear(hidden, self.weight, self.bias)
 
 

@@ -148,7 +148,7 @@ def group_of(event: Any) -> str:
             if any(part in caller.name for part in parts):
                 return group
         caller = caller.cpu_parent
-    if event.name in _PRODUCTS or "mkldnn_linear" in event.name or event.name.startswith("_Linear"):
+    if event.name in _PRODUCTS or event.name.startswith("mkldnn::") or event.name.startswith("_Linear"):
         return "matrix products"
     own = event.name.startswith("aten::") or any(part in event.name for part in _OWN_KERNELS)
     return "norms and elementwise" if own else "other"
