@@ -176,6 +176,8 @@ def test_verdicts_in_words() -> None:
         "rope is worse than learned: +0.500 nats of loss on dev, lower is better (95 % interval"
     )
     assert "+0.400 to +0.600, p < 0.0001 after" in said(worse)
+    named = said(worse | {"metric": "bits_per_byte"})
+    assert named.startswith("rope is worse than learned: +0.500 bits per byte on dev, lower is better (95")
     equivalent = question(verdict="equivalent", difference=0.001, low=-0.005, high=0.007, margin=0.02)
     assert "learned and rope are equivalent on exact match on dev: the difference is +0.1 points" in said(equivalent)
     assert "within the margin of ±2.0 points that was set beforehand" in said(equivalent)

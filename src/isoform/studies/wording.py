@@ -258,12 +258,15 @@ def verdict_words(question: Mapping[str, Any], results: Mapping[str, Any]) -> Ve
         evidence = f" on {place}: no difference could be computed."
         return Verdict("cannot-tell", claim, evidence, _cautions(question, results))
     amount = difference_text(question["difference"], metric, difference_decimals(question))
+    said = f"{amount} of {place}"
+    if metric_words(metric).startswith(f"{unit_words(metric)} "):  # the metric names its unit: bits per byte
+        said = f"{signed_text(question['difference'], metric, difference_decimals(question))} {place}"
     support = _support(question, results)
     direction = ", lower is better" if lower_is_better(metric) else ""
     evidence = {
         "equivalent": f" on {place}: the difference is {amount} {support}{_margin(question, metric)}.",
         "cannot-tell": f" on {place}: the difference is {amount} {support}.{_outlook(question, metric)}",
-    }.get(kind, f": {amount} of {place}{direction} {support}.")
+    }.get(kind, f": {said}{direction} {support}.")
     if question.get("num_seeds") == 1:
         evidence += " With one seed this speaks of these two models, not of the methods."
     return Verdict(kind, claims[kind], evidence, _cautions(question, results))
