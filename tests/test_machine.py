@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -120,6 +121,23 @@ def test_ways_take_turns_and_the_least_seconds_count() -> None:
     order: list[str] = []
     best = machine.race({name: lambda name=name: order.append(name) for name in "ab"}, 0.0, least_rounds=3)
     assert order == ["a", "b"] * 4 and set(best) == {"a", "b"} and all(0 <= value < 1 for value in best.values())
+
+
+def test_a_round_in_which_all_are_slow_does_not_count_against_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The machine is nine times as fast for one call of the slower way, whose least seconds are less."""
+    now, speeds = [0.0], iter([1, 1, 9, 9, 9, 1, 9, 9, 9, 9, 9, 9])
+
+    def way(work: int) -> Callable[[], None]:
+        def run() -> None:
+            now[0] += work * next(speeds)
+
+        return run
+
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: now[0])
+    taken = machine.shares({"fast": way(1), "slow": way(2)}, 0.0)
+    assert taken["fast"] == pytest.approx(1 / 3) and taken["slow"] == pytest.approx(2 / 3)
+    with pytest.raises(StopIteration):
+        next(speeds)
 
 
 def test_the_device_is_the_fastest_kind_there_is(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,9 +11,10 @@ import importlib.metadata
 import os
 import platform
 import re
+import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -158,17 +159,32 @@ def training_block(precision: str) -> Callable[[], object]:
 
 def race(ways: Mapping[K, Callable[[], object]], seconds: float, least_rounds: int = 2) -> dict[K, float]:
     """The least seconds that each way took once; they take turns, so that all see the same disturbance."""
-    best = dict.fromkeys(ways, float("inf"))
+    rounds = list(_rounds(ways, seconds, least_rounds))
+    return {name: min(taken[name] for taken in rounds) for name in ways}
+
+
+def shares(ways: Mapping[K, Callable[[], object]], seconds: float, least_rounds: int = 5) -> dict[K, float]:
+    """The share of a round that each way takes, its median over rounds: for ratios on a machine that others use too.
+
+    Where its speed jumps between rounds, the least seconds of two ways may be of two speeds.
+    """
+    rounds = list(_rounds(ways, seconds, least_rounds))
+    return {name: statistics.median(taken[name] / sum(taken.values()) for taken in rounds) for name in ways}
+
+
+def _rounds(ways: Mapping[K, Callable[[], object]], seconds: float, least_rounds: int) -> Iterator[dict[K, float]]:
+    """The seconds that each way took, round by round, after one that does not count."""
     for way in ways.values():
         way()
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < least_rounds or time.perf_counter() < end:
+        taken = {}
         for name, way in ways.items():
             began = time.perf_counter()
             way()
-            best[name] = min(best[name], time.perf_counter() - began)
+            taken[name] = time.perf_counter() - began
+        yield taken
         rounds += 1
-    return best
 
 
 def remembered(file: str, key: str, measure: Callable[[], float]) -> float:

@@ -38,8 +38,9 @@ WORTHWHILE_RATIO = 1.1
 WORTHWHILE_BF16_RATIO = 1.2
 PRECISION_SECONDS, KERNEL_SECONDS, THREAD_SECONDS = 0.5, 0.4, 0.4
 CACHE = "kernels.json"
-# Tokens of a sequence, tokens of a narrow and of a wide block, what is wide, and some vocabulary.
-LENGTH, TOKENS, FEW_TOKENS, WIDE, VOCABULARY = 128, 512, 256, 512, 2048
+# Tokens of some sequences, which are ragged as in a run; how often they stand in a narrow and in a wide block, what is
+# wide, and some vocabulary.
+LENGTHS, REPEATS, FEW_REPEATS, WIDE, VOCABULARY = (128, 61, 197, 126), 2, 1, 512, 2048
 DROPOUT = 0.1
 # Wider blocks are measured at this width, heads and all in proportion: matrix products rule them all alike.
 WIDEST = 1024
@@ -206,19 +207,19 @@ def _kinds() -> list[str]:
 
 def bf16_speedup(shape: Shape) -> float:
     """Time of a training block in fp32 over that in bf16, each with the kernels that are better for it."""
-    best = _raced(shape, ("fp32", "bf16"), _kinds(), PRECISION_SECONDS)
-    of = {precision: min(best[precision, kind] for kind in _kinds()) for precision in ("fp32", "bf16")}
+    taken = _raced(shape, ("fp32", "bf16"), _kinds(), PRECISION_SECONDS)
+    of = {precision: min(taken[precision, kind] for kind in _kinds()) for precision in ("fp32", "bf16")}
     return of["fp32"] / of["bf16"]
 
 
 def kernel_speedup(precision: str, shape: Shape) -> float:
     """Time of a training block in plain torch over that with the kernels."""
-    best = _raced(shape, (precision,), (PLAIN, COMPILED), KERNEL_SECONDS)
-    return best[precision, PLAIN] / best[precision, COMPILED]
+    taken = _raced(shape, (precision,), (PLAIN, COMPILED), KERNEL_SECONDS)
+    return taken[precision, PLAIN] / taken[precision, COMPILED]
 
 
 def _raced(shape: Shape, precisions: Several[str], kinds: Several[str], seconds: float) -> dict[tuple[str, str], float]:
-    """(precision, kind) -> least seconds of a forward and backward pass of a block; they take turns."""
+    """(precision, kind) -> share of the time of a forward and backward pass of a block; they take turns."""
     before = kernels.switched_on()
 
     def way(work: Callable[[], None], kind: str) -> Callable[[], None]:
@@ -231,7 +232,7 @@ def _raced(shape: Shape, precisions: Several[str], kinds: Several[str], seconds:
     works = {precision: _work(precision, shape.bounded) for precision in precisions}
     ways = {(precision, kind): way(works[precision], kind) for precision in precisions for kind in kinds}
     try:
-        return machine.race(ways, seconds)
+        return machine.shares(ways, seconds)
     finally:
         kernels.switch(before)
 
@@ -248,22 +249,23 @@ def half_speedup(precision: str, most: int) -> float:
         return run
 
     try:
-        best = machine.race({"all": way(most), "half": way(most // 2)}, THREAD_SECONDS)
+        taken = machine.shares({"all": way(most), "half": way(most // 2)}, THREAD_SECONDS)
     finally:
         torch.set_num_threads(most)
-    return best["all"] / best["half"]
+    return taken["all"] / taken["half"]
 
 
 def _work(precision: str, shape: Shape) -> Callable[[], None]:
     """A forward and backward pass of a block, and of the cross-entropy of some logits."""
     draw = torch.Generator().manual_seed(0)
-    n = FEW_TOKENS if shape.width > WIDE else TOKENS
+    lengths = [*LENGTHS] * (FEW_REPEATS if shape.width > WIDE else REPEATS)
+    n = sum(lengths)
     block, position = _block(shape)
     hidden = torch.randn(n, shape.width, generator=draw).requires_grad_()
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     logits = torch.randn(n, VOCABULARY, generator=draw).to(dtype).requires_grad_()
     targets = torch.randint(0, VOCABULARY, (n,), generator=draw)
-    sequences, positions = Sequences([LENGTH] * (n // LENGTH)), torch.arange(n) % LENGTH
+    sequences, positions = Sequences(lengths), torch.cat([torch.arange(length) for length in lengths])
     keys = mix64(torch.arange(n)) if shape.drops else None
     leaves = [hidden, logits, *block.parameters()]
 
@@ -299,5 +301,5 @@ def _block(shape: Shape) -> tuple[Block, Any]:
     norms = norm_class(norm, width), norm_class(norm, width)
     block = Block(attention, inner, *norms, norm_first=True, dropout=DROPOUT)
     initialize(block, 0, num_layers=None)
-    made = scheme(position, width=width, num_heads=heads, head_width=shape.head_width, max_positions=LENGTH)
+    made = scheme(position, width=width, num_heads=heads, head_width=shape.head_width, max_positions=max(LENGTHS))
     return block, made
