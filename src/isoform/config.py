@@ -153,7 +153,7 @@ class TrainConfig(Section):
     recompute: bool = False
     # whether blocks keep their inputs alone and make the rest again in the backward pass: less memory, more work
     checkpoint_every_steps: Positive | None = None
-    # null: about every 2 minutes' worth is up to `checkpoint_every_seconds`
+    # null: by time alone, every `checkpoint_every_seconds`
     checkpoint_every_seconds: float = Field(120.0, ge=0)
     # also saved at evaluations that improve, at the end, and on a signal
     keep_checkpoints: Positive = 2

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from isoform.contracts import Sequences
 from isoform.errors import ConfigError
+from isoform.layers import fused
 from isoform.layers.init import linear
 from isoform.models import heads, names
 from isoform.models.names import TENSOR_NAMES
@@ -45,7 +45,7 @@ class MaskedHead(nn.Module):
 
     def forward(self, hidden: Tensor, embedding: Tensor) -> Tensor:
         table = embedding if self.table is None else self.table.weight
-        return F.linear(self.norm(self.activation(self.dense(hidden))), table, self.bias)
+        return fused.linear(self.norm(self.activation(self.dense(hidden))), table, self.bias)
 
 
 def vocabulary(config: Any) -> int:

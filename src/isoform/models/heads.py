@@ -168,9 +168,23 @@ def attach(model: Any, wanted: Classifier, seed: int) -> Any:
     Layers of other heads that the family's classifier begins with (BERT's pooler) keep their weights.
     """
     cls = type(model)
-    grown = cls(model.config.model_copy(update={"classifier": wanted, **without_heads(cls.Config)}), seed=seed)
+    changes = {"classifier": wanted, **without_heads(cls.Config)}
+    return _grown(model, changes, seed, cls.classifier_shape.of(wanted).carried)
+
+
+def attach_token_head(model: Any, seed: int) -> Any:
+    """The encoder with a head that guesses tokens, drawn from the seed; as it is where it has one."""
+    if getattr(model.config, "head", None) != "none":
+        return model
+    cls = type(model)
+    return _grown(model, {"head": cls.Config.model_fields["head"].default, "classifier": None}, seed, {})
+
+
+def _grown(model: Any, changes: dict[str, Any], seed: int, carried: Mapping[str, str]) -> Any:
+    """The model under a changed config, with the weights that both have; all others are drawn from the seed."""
+    grown = type(model)(model.config.model_copy(update=changes), seed=seed)
     state = grown.state_dict()
-    new, carried = set(state), cls.classifier_shape.of(wanted).carried
+    new = set(state)
     for name, tensor in model.state_dict().items():
         layer, _, kind = name.rpartition(".")
         place = f"{carried.get(layer, layer)}.{kind}"

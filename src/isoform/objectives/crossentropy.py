@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from isoform.contracts import IGNORE, Batch, Document, Helper, LossPart, Model, Output, Tokenizer
 from isoform.layers import fused, ragged
+from isoform.models import heads
 
 # Logits made at once: 16 MB in fp32, which malloc gives again and again where larger pieces come from the system anew.
 CHUNK_LOGITS = 1 << 22
@@ -77,8 +78,8 @@ class TokenObjective:
         return config
 
     def fitted(self, model: Any, seed: int) -> Any:
-        """The model as it is: every one of them guesses tokens."""
-        return model
+        """The model, with a fresh head where it is an encoder alone: every other guesses tokens as it is."""
+        return heads.attach_token_head(model, seed)
 
     def counts(self, batch: Batch) -> dict[str, float]:
         """The weighted number of targets; filler has none."""

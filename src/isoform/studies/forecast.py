@@ -47,7 +47,7 @@ def forecast(values: dict[str, Any], *, attempt: bool = False) -> dict[str, Any]
             plan = measured(config, precision, workers) if workers else plan_config(config, precision)
             stages.append({"name": label, "runs": count, **plan})
     trials = {name: len(layout.trials(name)) for name, options in layout.arms() if options.tune}
-    attempted = _attempt_study(layout) if attempt else None
+    attempted = attempt_study(layout) if attempt else None
     return _total(study.name, stages, audit.before(layout), trials=trials, attempt=attempted, jobs=jobs)
 
 
@@ -86,7 +86,7 @@ def _attempt(config: RunConfig) -> dict[str, Any]:
         return {"rows": result.rows}
 
 
-def _attempt_study(layout: Layout) -> dict[str, Any]:
+def attempt_study(layout: Layout) -> dict[str, Any]:
     """The same for every stage of every arm, each starting from the one before."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="isoform-try-") as folder:
