@@ -143,6 +143,28 @@ def test_several_folders_on_one_base(tmp_path):
         merge(base)
 
 
+def test_a_second_adapter_of_another_base_is_refused(tmp_path):
+    for seed in (0, 1):
+        model = GPT2.tiny()
+        with torch.no_grad():
+            model.embedding.weight += seed
+        Lora(Lora.Config()).attach(model, seed=seed)
+        save_model(tmp_path / str(seed), model, None)
+    base = GPT2.tiny()
+    load_adapter(base, tmp_path / "0", name="first")
+    load_adapter(base, tmp_path / "0", name="again")
+    with pytest.raises(CheckpointError, match="the adapter was trained on another base: hash"):
+        load_adapter(base, tmp_path / "1", name="second")
+
+
+def test_an_adapter_that_changed_its_base_is_refused(tmp_path):
+    saved(tmp_path, GPT2.tiny())
+    path = tmp_path / "final" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_lora_weights": "pissa"}))
+    with pytest.raises(CheckpointError, match="init_lora_weights is 'pissa'"):
+        load_adapter(GPT2.tiny(), tmp_path / "final")
+
+
 def test_a_model_without_a_form_in_transformers_keeps_its_adapter(tmp_path):
     model = saved(tmp_path, GPT2.tiny(position={"kind": "alibi"}), targets=["query", "feedforward.up"])
     assert torch.equal(load_model(tmp_path / "final").model.dense(IDS), model.dense(IDS))

@@ -295,6 +295,18 @@ def test_the_hub_is_read_at_a_resolved_revision(monkeypatch: pytest.MonkeyPatch)
     assert [document.fields["text"] for document in open_source("hf:owner/name", DataConfig())] == ["a"]
 
 
+def test_classes_of_the_hub_come_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    hub_of(monkeypatch, {}, [])
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["neg", "pos"])})
+    rows = {"text": ["a", "b", "c"], "label": [1, 0, -1]}
+    found = {"train": datasets.Dataset.from_dict(rows, features=features)}
+    monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: datasets.DatasetDict(found))
+    source = open_source("hf:owner/name", DataConfig(), (("text", "label"),))
+    assert [document.fields["label"] for document in source] == ["pos", "neg", "-1"]
+
+
 def test_what_the_hub_cannot_give(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_of(monkeypatch, {"validation": [{"text": "a"}], "test": [{"text": "b"}]}, [])
     with pytest.raises(DataError, match="no split 'train'; add one of #validation, #test"):

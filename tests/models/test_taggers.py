@@ -15,7 +15,7 @@ from isoform.models import heads
 from isoform.registry import lookup
 from isoform.storage import read_json
 
-FAMILIES = ["bert", "roberta", "distilbert", "modernbert"]
+FAMILIES = ["bert", "roberta", "distilbert", "modernbert", "xlnet"]
 LENGTHS = (7, 1, 12)
 TAGS = ("O", "B-PER", "I-PER")
 

@@ -159,3 +159,23 @@ def test_labels_come_from_training_or_from_the_model() -> None:
         Classify.settled(several, train, known)
     with pytest.raises(ConfigError, match=r"no label 'b'; it has a, c; set `objective.new_head: true`"):
         Classify.settled(config, train, Classifier(labels=("a", "c")))
+
+
+def test_numbers_in_the_data_are_called_by_their_names() -> None:
+    train = [document(text="a", label=name) for name in ("1", "0", "bad")]
+    config = Classify.Config(label_names=["good", "bad", "ugly"])
+    assert Classify.settled(config, train, None).labels == ["good", "bad", "ugly"], "in their own order"
+    asking = Classify(Classify.settled(config, train, None), None, 12)
+    assert [asking.label_of(each) for each in train] == [1, 0, 1]
+    with pytest.raises(DataError, match=r"the label '3' is no number from 0 to 2 and none of these names"):
+        asking.label_of(document(text="a", label="3"))
+    several = Classify.Config(task="multi-label", label_names=["good", "bad"])
+    asking = Classify(Classify.settled(several, train, None), None, 12)
+    assert asking._stored(document(text="a", label="1; 0")).tolist() == [1, 0]
+
+
+def test_of_several_labels_one_alone_may_be_told_from_none() -> None:
+    train = [document(text="a", label="toxic"), document(text="b", label="")]
+    assert Classify.settled(Classify.Config(task="multi-label"), train, None).labels == ["toxic"]
+    with pytest.raises(DataError, match="one label only"):
+        Classify.settled(Classify.Config(), train[:1], None)

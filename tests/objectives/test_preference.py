@@ -22,6 +22,7 @@ from isoform.errors import ConfigError, DataError
 from isoform.models.llama import Llama
 from isoform.models.lora import Lora, active_adapter, adapter_state
 from isoform.objectives.preference import Preference
+from isoform.objectives.reference import base_alone
 from isoform.text.chat import TEMPLATE
 from isoform.text.kinds import Bpe
 from isoform.text.tokenizers import TextTokenizer
@@ -123,6 +124,21 @@ def test_pairs_stay_together_and_see_no_other(tokenizer) -> None:
     whole = [len(sample.tokens) + len(sample.rival.tokens) for sample in every]  # type: ignore[union-attr]
     assert [sample.num_tokens for sample in every] == whole
     assert collate(every).longest_tokens == max(whole)
+
+
+def test_the_reference_forgets_what_autocast_converted(tokenizer) -> None:
+    """A matrix that is trained whole is converted once in a pass; the reference has other values of it."""
+    model = Llama.tiny(vocab_size=tokenizer.vocab_size)
+    Lora(Lora.Config(rank=2, targets=["query"], train=["blocks.0.feedforward.up"])).attach(model, seed=0)
+    layer, rows = model.blocks[0].feedforward.up, torch.ones(2, model.blocks[0].feedforward.up.in_features)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        first = layer(rows)
+        layer.weight.add_(1.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = layer(rows).detach()
+        with torch.no_grad(), base_alone(model):
+            assert torch.equal(layer(rows), first)
+        assert torch.equal(layer(rows), trained) and not torch.equal(first, trained)
 
 
 @pytest.mark.parametrize("whole", [[], ["norm"]])

@@ -115,3 +115,9 @@ def test_templates_in_the_older_places(tokenizer: TextTokenizer, tmp_path: Path)
     for given, expected in (("x", "x"), (named, "b"), (named[:1], None)):
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "chat_template": given}))
         assert load_tokenizer(tmp_path).chat_template == expected
+
+
+@pytest.mark.parametrize("template", ["{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ messages | nothing }}"])
+def test_a_template_that_never_ends_or_asks_for_what_is_not_there_is_one_line(template: str) -> None:
+    with pytest.raises(DataError, match="the chat template does not take these messages"):
+        render(template, [{"role": "user", "content": "a"}], special={}, answer=True)

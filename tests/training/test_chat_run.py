@@ -168,6 +168,9 @@ def test_preferences_are_learnt_and_a_resumed_run_ends_bit_equal(
     assert last["loss"] < 0.68 and last["reward_margin"] > 0
     row = read_jsonl(whole.folder / "predictions.jsonl")[0]
     assert row["gold"].startswith("please") and row["rejected"].startswith("bah")
+    if changes:
+        with pytest.raises(ConfigError, match="its adapter off, and weights of 8 bits have it merged"):
+            isoform.evaluate(whole.folder, int8=True)
     original = Loop._update
 
     def update(self: Loop, step: Any) -> Any:
@@ -202,7 +205,8 @@ def test_a_study_compares_before_with_after(data: Path, tmp_path: Path) -> None:
         "questions": [{"pair": ["as-it-is", "lora"]}],
     }
     results = isoform.study(study, out=tmp_path / "study")
-    assert [question["verdict"] for question in results["questions"]]
+    (question,) = results["questions"]
+    assert question["num_seeds"] == 2 and question["second"] < question["first"], "six updates lower the loss"
     assert not [row for row in results["audit"] if row["level"] == "refuse"]
 
 

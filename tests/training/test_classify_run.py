@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -215,7 +216,8 @@ def test_two_arms_on_the_film_snippets_are_audited_and_compared(tmp_path: Path) 
         "questions": [{"pair": ["first", "mean"]}, {"pair": ["first", "mean"], "metric": "macro_f1"}],
     }
     results = isoform.study(study, out=tmp_path / "study")
-    assert [question["verdict"] for question in results["questions"]]
+    asked = [(question["metric"], question["num_seeds"]) for question in results["questions"]]
+    assert asked == [("accuracy", 2), ("macro_f1", 2)]
     assert not [row for row in results["audit"] if row["level"] == "refuse"]
     assert "accuracy" in (tmp_path / "study" / "report.html").read_text()
 
@@ -251,3 +253,26 @@ def test_recomputed_blocks_end_with_the_same_bits(tmp_path):
     shared = {"family": "bert", "num_layers": 1, "num_heads": 2, "width": 32, "position": {"kind": "t5"}}
     with pytest.raises(ConfigError, match=r"train.recompute: the blocks of this bert share learned scores"):
         prepare(tiny(path, model=shared, train={"recompute": True}))
+
+
+def test_a_folder_knows_its_second_column_and_its_length(tmp_path: Path) -> None:
+    """The column has a name that no file could have."""
+    pairs = [(text, "yes" if label == "good" else "no", label) for text, label in rows(120) if label != "mixed"]
+    path = write_csv(tmp_path / "pairs.csv", ["text", "is it [en]/?", "label"], pairs)
+    config = tiny(path, objective={"second": "is it [en]/?"}, train={"max_steps": 3})
+    run = train(config, tmp_path / "run", quiet=True)
+    in_run, alone = open_model(run.folder), open_model(run.folder / "final")
+    asked = write_csv(tmp_path / "asked.csv", ["text", "is it [en]/?"], [pair[:2] for pair in pairs[:9]])
+    first, second = ([row.probabilities for row in predict(each, read_inputs(each, asked))] for each in (in_run, alone))
+    assert first == second
+    shutil.copytree(run.folder / "final", tmp_path / "elsewhere")
+    moved = open_model(tmp_path / "elsewhere", precision="fp32")
+    assert [row.probabilities for row in predict(moved, read_inputs(moved, asked))] == first
+    assert moved.config.text.max_tokens == 24
+
+
+def test_all_of_a_file_is_answered_however_little_was_trained_on(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "my.csv", ["text", "label"], rows(60))
+    run = train(tiny(path, data={"max_documents": 40}, train={"max_steps": 2}), tmp_path / "run", quiet=True)
+    opened = open_model(run.folder)
+    assert sum(1 for _ in predict(opened, read_inputs(opened, path))) == 60

@@ -20,6 +20,7 @@ import isoform
 from isoform.config import run_config
 from isoform.errors import ConfigError, DataError, LockedError, NonFiniteError, Stopped
 from isoform.storage import locked, read_json, read_jsonl
+from isoform.training import logs
 from isoform.training import run as run_module
 from isoform.training.guards import Interrupts
 from isoform.training.loop import Loop
@@ -178,7 +179,11 @@ def test_a_non_finite_loss_stops_before_the_update(make, tmp_path, monkeypatch):
     assert all(tensor.isfinite().all() for tensor in load_file(kept / "model.safetensors").values())
 
 
-def test_out_of_memory_halves_the_micro_batch_and_not_the_run(make, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "error",
+    [torch.OutOfMemoryError(), MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")],
+)
+def test_out_of_memory_halves_the_micro_batch_and_not_the_run(error, make, tmp_path, monkeypatch):
     whole = train(make(), tmp_path / "whole", quiet=True)
     from isoform.training import loop
 
@@ -187,12 +192,12 @@ def test_out_of_memory_halves_the_micro_batch_and_not_the_run(make, tmp_path, mo
     def tight(module, batches, counts, **options):
         if max(batch.tokens.numel() for batch in batches) > 120:
             failed.append(len(batches))
-            raise torch.OutOfMemoryError
+            raise error
         return original(module, batches, counts, **options)
 
     monkeypatch.setattr(loop, "accumulate", tight)
     parts = train(make(), tmp_path / "parts", quiet=True)
-    assert failed
+    assert 0 < len(failed) < 4, "later steps are cut as small from the start"
     first, second = weights(whole.folder), weights(parts.folder)
     for name in first:
         torch.testing.assert_close(first[name], second[name], rtol=1e-4, atol=1e-5)
@@ -360,3 +365,25 @@ def test_a_split_may_be_scored_at_a_length_of_its_own(make, tmp_path):
         split = "dev" if position == "learned" else "absent"
         with pytest.raises(ConfigError, match=rf"evaluate\.max_tokens\.{split}: "):
             prepare(make({**wrong, "evaluate": {"max_tokens": {split: 16}}}))
+
+
+def test_a_tracker_that_cannot_be_opened_or_closed_ends_no_run(make, tmp_path, monkeypatch):
+    class Unreachable:
+        def __init__(self, folder, name, config):
+            raise ConnectionError("no route to host")
+
+    class Unclosed:
+        def __init__(self, folder, name, config): ...
+
+        def log(self, step, values): ...
+
+        def close(self):
+            raise OSError("no room")
+
+    real = logs.lookup
+    kinds = {"tensorboard": Unreachable, "wandb": Unclosed}
+    monkeypatch.setattr(logs, "lookup", lambda room, name, where: kinds.get(name) or real(room, name, where))
+    run = train(make({"track": ["tensorboard", "wandb"], "train": {"max_steps": 3}}), tmp_path / "run", quiet=True)
+    assert run.manifest["complete"]
+    dropped = [row["reason"] for row in read_jsonl(run.folder / "events.jsonl") if row["event"] == "tracker-dropped"]
+    assert dropped == ["no route to host", "no room"]

@@ -47,6 +47,8 @@ OFF: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "arrow_config": (None,),
     "megatron_config": (None,),
+    # others change the base's own matrices
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -203,6 +205,8 @@ def load_adapter(model: Any, folder: Path, name: str = lora.DEFAULT) -> None:
     """Adds the adapter of a folder to its base, active. Raises: CheckpointError where it is not this base's."""
     config = tensors.read_object(folder / CONFIG)
     _refuse_others(folder, config)
+    if lora.adapters_of(model) is not None:  # of the first, whoever opened the base has looked
+        check_base(model, folder)
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"{folder / WEIGHTS}: missing; only .safetensors is read, save the adapter as that")
     stored = {_plain_name(key): tensor for key, tensor in tensors.read_tensors(folder / WEIGHTS).items()}

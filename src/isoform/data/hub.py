@@ -27,7 +27,14 @@ class HubTable:
     split: str | None
 
     def rows(self) -> Iterator[Row]:
-        yield from enumerate(self._dataset, start=1)
+        """The rows; classes by their names, not by the numbers under which the hub keeps them."""
+        import datasets
+
+        features = self._dataset.features.items()
+        names = {key: feature.names for key, feature in features if isinstance(feature, datasets.ClassLabel)}
+        for number, row in enumerate(self._dataset, start=1):
+            known = {key: each[row[key]] for key, each in names.items() if row[key] is not None and row[key] >= 0}
+            yield number, {**row, **known}
 
     def digest(self) -> str:
         return f"hf {self.repository} {self.revision} {self.config} {self.split}"

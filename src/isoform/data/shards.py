@@ -6,6 +6,7 @@ import mmap
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import numpy.typing as npt
@@ -67,14 +68,19 @@ class MappedNumbers:
         return int.from_bytes(self.read(index, index + 1), "little", signed=self._dtype.kind == "i")
 
 
+def stem(field: str) -> str:
+    """The name of a field's files: any column may be a field, not every name is one of files."""
+    return quote(field, safe="")
+
+
 class FieldReader:
     """The ids of one field over all shards."""
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int, pages: Pages) -> None:
         self.folder, self.name, self.shard_tokens = folder, name, shard_tokens
-        self.starts = MappedNumbers(folder / f"{name}.starts", "i8", pages)
-        self.lengths = MappedNumbers(folder / f"{name}.lengths", "i4", pages)
-        self._shards = [MappedNumbers(path, dtype, pages) for path in sorted(folder.glob(f"{name}.*.tokens"))]
+        self.starts = MappedNumbers(folder / f"{stem(name)}.starts", "i8", pages)
+        self.lengths = MappedNumbers(folder / f"{stem(name)}.lengths", "i4", pages)
+        self._shards = [MappedNumbers(path, dtype, pages) for path in sorted(folder.glob(f"{stem(name)}.*.tokens"))]
 
     def ids(self, index: int) -> IntArray | None:
         """The sample's ids, or None where it has no such field."""
@@ -128,8 +134,8 @@ class FieldWriter:
 
     def __init__(self, folder: Path, name: str, dtype: str, shard_tokens: int) -> None:
         self._folder, self._name, self._dtype, self._shard_tokens = folder, name, dtype, shard_tokens
-        self._starts = GrowingNumbers(folder / f"{name}.starts", "i8")
-        self._lengths = GrowingNumbers(folder / f"{name}.lengths", "i4")
+        self._starts = GrowingNumbers(folder / f"{stem(name)}.starts", "i8")
+        self._lengths = GrowingNumbers(folder / f"{stem(name)}.lengths", "i4")
         self._shard: GrowingNumbers | None = None
         self._num_tokens = 0
         self._num_samples = 0
@@ -143,7 +149,7 @@ class FieldWriter:
             shard, place = divmod(self._num_tokens, self._shard_tokens)
             if place == 0:
                 self._close_shard()
-                self._shard = GrowingNumbers(self._folder / f"{self._name}.{shard:05d}.tokens", self._dtype)
+                self._shard = GrowingNumbers(self._folder / f"{stem(self._name)}.{shard:05d}.tokens", self._dtype)
             assert self._shard is not None
             part = ids[: self._shard_tokens - place]
             self._shard.write(part.astype(np.dtype(self._dtype).newbyteorder("<")).tobytes())

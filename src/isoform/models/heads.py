@@ -51,6 +51,10 @@ class Classifier(Options):
     # cls: the first token stands for the text; last: the last one; mean: all of them; none: each token for itself
     dropout: float = Field(0.0, ge=0, lt=1)
     # before the scores
+    second: str | None = None
+    # column of the second text that it was trained on; None: one text
+    max_tokens: int | None = None
+    # to which texts were cut
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

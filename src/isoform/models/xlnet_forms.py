@@ -33,6 +33,7 @@ CLASSIFIER = Shape(
     dropout=lambda config: 0.1,
     dropout_field="summary_last_dropout",
     stored_dropout=lambda given: float(given.get("summary_last_dropout", 0.1)),
+    tokens=Shape(names={"scores": "classifier"}, poolings=("none",)),
 )
 
 

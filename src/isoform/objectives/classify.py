@@ -65,6 +65,8 @@ class Classify(Edged):
         # column of a pair's second text; null: one text
         labels: list[str] | None = None
         # names, in the order of the scores; null: the model's, else those of the training split, sorted
+        label_names: list[str] | None = None
+        # what the labels are called that stand in the data as numbers, from 0; null: they are called as they stand
         separator: str = ";"
         # multi-label: what stands between the labels of a text
         pooling: Pooling | None = None
@@ -116,7 +118,7 @@ class Classify(Edged):
             if len(names) != 1:
                 raise ConfigError(f"objective.labels: {', '.join(names)} given, a regression has one number")
             return config.model_copy(update={"labels": list(names)})
-        names = known.labels if known else tuple(config.labels or ())
+        names = known.labels if known else tuple(config.labels or config.label_names or ())
         if train is not None:
             found = _counted(train, config)
             strange = sorted(set(found) - set(names)) if names else []
@@ -127,7 +129,7 @@ class Classify(Edged):
                     + ("set `objective.new_head: true` for a new classifier" if known else "add it, or drop the field")
                 )
             names = names or tuple(sorted(found))
-            if len(found) == 1:
+            if len(found) == 1 and config.task == "single-label":
                 raise DataError(f"the training split has one label only, {next(iter(found))!r}: nothing to tell apart")
         if not names:
             raise DataError("the training split has no label at all")
@@ -139,6 +141,8 @@ class Classify(Edged):
         if has is not None and not self.config.new_head:
             if has.labels != self.labels:
                 raise ConfigError(f"model.classifier.labels: {has.labels} given, {self.labels} is expected")
+            read = has.model_copy(update={"second": self.config.second, "max_tokens": self.max_tokens})
+            model.config = model.config.model_copy(update={"classifier": read})
             return model
         shape: heads.Shape = type(model).classifier_shape
         rate = self.config.dropout
@@ -147,6 +151,8 @@ class Classify(Edged):
             task=self.config.task,
             pooling=self.config.pooling or shape.poolings[0],
             dropout=shape.dropout(model.config) if rate is None else rate,
+            second=self.config.second,
+            max_tokens=self.max_tokens,
         )
         return heads.attach(model, wanted, seed)
 
@@ -165,7 +171,8 @@ class Classify(Edged):
         return Encoded(document.id, ids, sum(len(text.encode()) for text in texts.values()), document)
 
     def encoding_key(self) -> str:
-        return f"classify {self.config.task} {self.inputs} {self.labels} {self.config.separator!r}"
+        named = self.config.label_names
+        return f"classify {self.config.task} {self.inputs} {self.labels} {named} {self.config.separator!r}"
 
     def planned_tokens(self, field_tokens: Mapping[str, Ints]) -> Ints:
         texts: Ints = np.sum([field_tokens[field] for field in self.inputs], axis=0)
@@ -344,8 +351,22 @@ def _names(document: Document, config: Classify.Config) -> list[str]:
     """The document's label, or its labels. Raises: DataError where there is none."""
     text = document.fields.get("label", "").strip()
     if config.task == "multi-label":
-        return sorted({name.strip() for name in text.split(config.separator) if name.strip()})
-    return [required_text(document, "label").strip()]
+        names = filter(None, map(str.strip, text.split(config.separator)))
+        return sorted({_called(name, document, config) for name in names})
+    return [_called(required_text(document, "label").strip(), document, config)]
+
+
+def _called(label: str, document: Document, config: Classify.Config) -> str:
+    """Its name in `label_names`. Raises: DataError where it is no number of one."""
+    if config.label_names is None or label in config.label_names:
+        return label
+    if label.isdecimal() and int(label) < len(config.label_names):
+        return config.label_names[int(label)]
+    last = len(config.label_names) - 1
+    raise DataError(
+        f"{place(document)}: the label {label!r} is no number from 0 to {last} and none of these names "
+        "(objective.label_names)"
+    )
 
 
 def _unlike(name: str, labels: Sequence[str]) -> str:

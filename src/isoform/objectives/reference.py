@@ -14,6 +14,7 @@ from torch import Tensor
 
 from isoform.contracts import Batch
 from isoform.errors import ConfigError
+from isoform.layers.init import Linear
 from isoform.layers.lora import LowRankLinear
 from isoform.models.lora import active_adapter, adapters_of
 
@@ -68,7 +69,8 @@ class Reference:
 def base_alone(model: Any) -> Iterator[None]:
     """An adapted model without its adapter, for a pass without gradients; what it trains whole has its first values.
 
-    Values are put aside, not overwritten, so that a pass whose gradients are still to come is not disturbed.
+    Values are put aside, not overwritten, so that a pass whose gradients are still to come is not disturbed. What was
+    converted from them to another precision is forgotten on both ways.
     """
     adapters, adapter = adapters_of(model), active_adapter(model)
     assert adapters is not None and adapter is not None, "an adapted model"
@@ -76,13 +78,21 @@ def base_alone(model: Any) -> Iterator[None]:
     whole = {name: parameter for name, parameter in model.named_parameters() if name in adapter.whole}
     values = {name: parameter.data for name, parameter in whole.items()}
     active = adapters.active
+    served = [layer for layer in model.modules() if isinstance(layer, Linear) and layer.converted is not None]
+    converted = [layer.converted for layer in served]
     try:
+        torch.clear_autocast_cache()
+        for each in served:
+            each.converted = {}
         for name, parameter in whole.items():
             parameter.data = adapters.base_values[name].to(parameter.device)
         for layer in layers:
             layer.active = None
         yield
     finally:
+        torch.clear_autocast_cache()
+        for each, before in zip(served, converted, strict=True):
+            each.converted = before
         for name, parameter in whole.items():
             parameter.data = values[name]
         for layer in layers:

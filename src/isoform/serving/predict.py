@@ -188,7 +188,8 @@ def read_inputs(opened: Opened, path: Path | None) -> Iterator[Document]:
     others = opened.objective.optional_fields
     ways = [tuple(field for field in way if field not in others) for way in opened.objective.alternatives]
     ways = list(dict.fromkeys(filter(None, ways)))
-    for document in open_source(str(path.resolve()), opened.config.data, tuple(ways), others):
+    columns = opened.config.data.model_copy(update={"max_documents": None})
+    for document in open_source(str(path.resolve()), columns, tuple(ways), others):
         fields = next(way for way in ways if all(field in document.fields for field in way))
         yield dataclasses.replace(document, fields={field: document.fields[field] for field in fields})
 

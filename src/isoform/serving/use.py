@@ -30,6 +30,7 @@ from isoform.layers import choice
 from isoform.layers.choice import Shape
 from isoform.layers.init import served
 from isoform.layers.quantized import in_int8
+from isoform.models.lora import active_adapter
 from isoform.registry import component
 from isoform.storage import locked, read_json, write_json
 from isoform.text.chat import chat_tokens, closing_ids
@@ -56,6 +57,11 @@ class Opened:
     @cached_property
     def scoring(self) -> Any:
         """The model as labels and losses read it, made once: its weights do not change."""
+        if self.int8 and self.config.objective["kind"] == "preference" and active_adapter(self.model) is not None:
+            raise ConfigError(
+                "int8: preference measures against the model with its adapter off, and weights of 8 bits have it "
+                "merged; score this run without int8"
+            )
         return in_int8(self.model) if self.int8 else served(self.model)
 
     def reading(self, *, int8: bool = False) -> Any:
@@ -88,6 +94,8 @@ def open_model(
         classifier = getattr(loaded.config, "classifier", None)
         if classifier is not None:
             objective_section = {"kind": "classify", "task": classifier.task, "labels": list(classifier.labels)}
+            objective_section |= {"second": classifier.second}
+            limit = max_tokens or classifier.max_tokens or limit
             if classifier.pooling == "none":
                 objective_section = {"kind": "tag", "labels": list(classifier.labels)}
         values = {"text": {"max_tokens": int(limit)}, "model": {"from": str(path)}, "objective": objective_section}

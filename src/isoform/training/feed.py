@@ -93,9 +93,11 @@ class Feed:
         if start >= stop:
             return
         with ThreadPoolExecutor(1, thread_name_prefix="isoform-feed") as pool:
-            upcoming = pool.submit(self.at, start)
+            upcoming, size = pool.submit(self.at, start), self.micro_batch_tokens
             for step in range(start, stop):
-                current = upcoming.result()
+                # Cut anew where memory has run out in the meantime.
+                current = upcoming.result() if size == self.micro_batch_tokens else self.at(step)
+                size = self.micro_batch_tokens
                 if step + 1 < stop:
                     upcoming = pool.submit(self.at, step + 1)
                 yield current

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -59,7 +61,18 @@ class WeightsAndBiases:
             raise ConfigError("track: wandb is not installed; `pip install 'isoform[track]'`") from None
         logged_in = "WANDB_API_KEY" in os.environ or bool(getattr(wandb.api, "api_key", None))
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline")
-        self.run = wandb.init(project="isoform", name=name, dir=str(folder), config=config, mode=mode, resume="allow")
+        known = folder / "wandb-id"
+        if not known.exists():
+            write_text(known, secrets.token_hex(4))
+        self.run = wandb.init(
+            project="isoform",
+            id=known.read_text(encoding="utf-8"),
+            name=name,
+            dir=str(folder),
+            config=config,
+            mode=mode,
+            resume="allow",
+        )
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -68,16 +81,37 @@ class WeightsAndBiases:
         self.run.finish()
 
 
+class _Unopened:
+    """In the place of a tracker that could not be opened: dropped, with its reason, when it is first told something."""
+
+    def __init__(self, reason: Exception) -> None:
+        self.reason = reason
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        raise self.reason
+
+    def close(self) -> None: ...
+
+
 def open_trackers(names: list[str], folder: Path, name: str, config: dict[str, Any]) -> list[Tracker]:
     """The trackers that the config asks for. Raises: ConfigError for an unknown or missing one."""
-    return [lookup("tracker", kind, "track")(folder, name, config) for kind in names]
+    trackers: list[Tracker] = []
+    for kind in names:
+        try:
+            trackers.append(lookup("tracker", kind, "track")(folder, name, config))
+        except ConfigError:
+            raise
+        except Exception as error:  # no network, no room, no right to write: the run goes on without it
+            trackers.append(_Unopened(error))
+    return trackers
 
 
 def track_scores(names: list[str], folder: Path, name: str, config: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     """What trackers are told of a run without steps. Raises: ConfigError for an unknown or missing tracker."""
     for tracker in open_trackers(names, folder, name, config):
-        tracker.log(0, final_values(rows))
-        tracker.close()
+        with contextlib.suppress(Exception):  # optional, as in `RunLog`
+            tracker.log(0, final_values(rows))
+            tracker.close()
 
 
 def final_values(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -120,11 +154,14 @@ class RunLog:
             self.events.flush()
 
     def close(self) -> None:
+        for tracker in self.trackers:
+            try:
+                tracker.close()
+            except Exception as error:
+                self.event("tracker-dropped", tracker=type(tracker).__name__, reason=str(error))
         self.flush()
         self.metrics.close()
         self.events.close()
-        for tracker in self.trackers:
-            tracker.close()
 
     def _track(self, step: int, values: dict[str, Any]) -> None:
         numbers = {key: value for key, value in finite(values).items() if isinstance(value, int | float)}

@@ -86,7 +86,7 @@ class Loop:
         else:
             self.module = accelerator.prepare(self.module)
         self.writer = Writer(log.event)
-        self.micro_batch_tokens = self.train.micro_batch_tokens
+        self.feed = self._feed()
         self.state = RunState()
         self.silent = set(self.names)
         self._saved_at = time.monotonic()
@@ -115,7 +115,7 @@ class Loop:
         self.module.train()
         assert self.run.batch_plan is not None
         with Interrupts() as interrupts, self.writer:
-            for step in self._feed().ahead(self.state.step, self.run.num_steps):
+            for step in self.feed.ahead(self.state.step, self.run.num_steps):
                 began = time.monotonic()
                 totals, counts = self._update(step)
                 self.state.step = step.step + 1
@@ -145,7 +145,7 @@ class Loop:
             self.run.objective,
             self.run.batch_plan,
             seed=self.run.config.seed,
-            micro_batch_tokens=self.micro_batch_tokens,
+            micro_batch_tokens=self.train.micro_batch_tokens,
             rank=self.accelerator.process_index,
             world=self.accelerator.num_processes,
             pin=self.run.device.type == "cuda",
@@ -168,7 +168,9 @@ class Loop:
                     backward=self.accelerator.backward,
                 )
                 break
-            except (torch.OutOfMemoryError, MemoryError) as error:
+            except (MemoryError, RuntimeError) as error:
+                if not _out_of_memory(error):
+                    raise
                 step = self._smaller(step, error)
         self._grad_norm = self._clip()
         totals = self._reduce(totals)
@@ -185,14 +187,19 @@ class Loop:
         self._clear()
         largest = max(batch.num_tokens for batch in step.batches)
         longest = max(batch.longest_tokens for batch in step.batches)
-        if self.accelerator.num_processes > 1 or largest <= longest:
+        if self.accelerator.num_processes > 1:  # the others have made their share of this step
+            raise OutOfMemoryError(
+                f"step {step.step + 1}: memory runs out, and one rank of several cannot take smaller steps than the "
+                f"others; lower train.micro_batch_tokens ({self.feed.micro_batch_tokens}) and go on with --resume"
+            ) from error
+        if largest <= longest:
             raise OutOfMemoryError(
                 f"step {step.step + 1}: one sequence of {longest} tokens does not fit into memory; "
                 "lower text.max_tokens or the model's size"
             ) from error
-        self.micro_batch_tokens = max(longest, largest // 2)
-        self.log.event("smaller-micro-batch", step=step.step, micro_batch_tokens=self.micro_batch_tokens)
-        return self._feed().at(step.step)
+        self.feed.micro_batch_tokens = max(longest, largest // 2)
+        self.log.event("smaller-micro-batch", step=step.step, micro_batch_tokens=self.feed.micro_batch_tokens)
+        return self.feed.at(step.step)
 
     def _step(self) -> None:
         """One step of every optimiser; in fp16, none where a scaled gradient was too large, and a smaller scale."""
@@ -367,6 +374,11 @@ class Loop:
     def _whole_model(self) -> AbstractContextManager[nn.Module]:
         """The model as one, for what is not the loop's own; where it is sharded, all ranks have to ask for it."""
         return nullcontext(self.run.model) if self.replica is None else self.replica.filled(self.run.model)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Of a GPU, of Python, or of torch's allocator for processors, which has no error of its own."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
 
 
 def _lost(parts: dict[str, float]) -> dict[str, float]:
