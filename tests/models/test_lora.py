@@ -173,7 +173,13 @@ def test_four_bits_run_through_bitsandbytes(monkeypatch):
     model = GPT2.tiny().eval()
     expected, before = model.dense(IDS), {name: t.clone() for name, t in model.state_dict().items()}
     attached(model, base_bits=4)
+    names = [name for name, _ in model.named_parameters()]
     torch.testing.assert_close(model.dense(IDS), expected)
     model.dense(IDS)
     assert len(packed) == 2 * 4, "each matrix is packed once"
+    assert [name for name, _ in model.double().named_parameters()] == names, "in their order"
+    kept = {
+        parameter.dtype for name, parameter in model.named_parameters() if parameter.dim() == 2 and "blocks" in name
+    }
+    assert torch.float32 in kept, "what is read in four bits is not moved"
     assert all(torch.equal(tensor, before[name]) for name, tensor in lora.base_state(model).items())

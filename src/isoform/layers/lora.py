@@ -11,7 +11,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,7 @@ class LowRankLinear(nn.Linear):
 
     adapters: adapter -> part (`whole`, `query`, ...) -> `LowRank`; the parts of an adapter share no rows. from_source:
     whether it reads the encoder's tokens, not the batch's own. Parameters keep their names: `weight` and `bias`.
-    packed: W in four bits and what unpacks it, made at the first pass where `bits` is 4; W then waits on the host.
+    packed: W in four bits and what unpacks it, made at the first pass where `bits` is 4; W itself stays on the host.
 
     Shapes: hidden `(n, inputs)` -> `(n, outputs)`.
     """
@@ -93,6 +94,18 @@ class LowRankLinear(nn.Linear):
         self.packed: tuple[Tensor, Any] | None = None
         self.train(base.training)
 
+    def _apply(self, fn: Callable[[Any], Any], recurse: bool = True) -> Self:
+        """What `to`, `half` and their like do to every tensor; a W of which four bits are used is left where it is."""
+        weight = self._parameters["weight"]
+        if self.bits is not None:
+            self._parameters["weight"] = None
+        try:
+            super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        finally:
+            if self.bits is not None:
+                self._parameters["weight"] = weight
+        return self
+
     @property
     def parts(self) -> dict[str, LowRank]:
         """The active adapter's low-rank layers."""
@@ -108,7 +121,6 @@ class LowRankLinear(nn.Linear):
             self.packed = library.functional.quantize_4bit(
                 self.weight.data.to(hidden.device), quant_type="nf4", compress_statistics=True
             )
-            self.weight.data = self.weight.data.cpu()
         values, how = self.packed
         output: Tensor = library.matmul_4bit(hidden, values.t(), bias=self.bias, quant_state=how)
         return output

@@ -114,9 +114,14 @@ class Lora:
         for place in places:
             low_rank(model, name, place).draw(seed, f"{place.name}.{name}")
         if self.options.base_bits is not None:
-            for place in find_places(model):
-                _adaptable(model, place.module).bits = self.options.base_bits
+            read_in_bits(model, self.options.base_bits)
         return adapter
+
+
+def read_in_bits(model: Any, bits: int) -> None:
+    """From now on the frozen matrices of blocks are read in so many bits."""
+    for place in find_places(model):
+        _adaptable(model, place.module).bits = bits
 
 
 # ------------------------------------------------------------------------------------------------ where they may stand

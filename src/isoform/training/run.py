@@ -25,6 +25,7 @@ from isoform.checkpoints.state import latest_state
 from isoform.config import RunConfig
 from isoform.errors import CheckpointError, ConfigError, DataError
 from isoform.models.accounting import accounts
+from isoform.models.lora import read_in_bits
 from isoform.registry import Reads, recording
 from isoform.storage import (
     fingerprint,
@@ -383,7 +384,7 @@ def _finish(run: Prepared, folder: Path, scalars: dict[str, Any], manifest: dict
     for name in sorted(chosen, key=lambda name: name != final):
         step = chosen[name]
         if step not in scored:
-            model = load_model(folder / name, device=run.device).model
+            model = _reopened(run, folder / name)
             target = folder if name == final else folder / name
             scored[step] = score_all(run, model, splits, target, manifest)
         selections[name] = {"step": step, "rows": scored[step]}
@@ -391,6 +392,16 @@ def _finish(run: Prepared, folder: Path, scalars: dict[str, Any], manifest: dict
     write_json(folder / "eval.json", scored[chosen[final]])
     write_json(folder / "selections.json", {"final": final, "selections": selections})
     return scored[chosen[final]]
+
+
+def _reopened(run: Prepared, folder: Path) -> Any:
+    """A kept model on the run's device, read in as many bits as it was trained in."""
+    bits = (run.config.adapter or {}).get("base_bits")
+    if bits is None:
+        return load_model(folder, device=run.device).model
+    model = load_model(folder).model
+    read_in_bits(model, bits)
+    return model.to(run.device)
 
 
 def _now() -> str:
