@@ -276,3 +276,10 @@ def test_all_of_a_file_is_answered_however_little_was_trained_on(tmp_path: Path)
     run = train(tiny(path, data={"max_documents": 40}, train={"max_steps": 2}), tmp_path / "run", quiet=True)
     opened = open_model(run.folder)
     assert sum(1 for _ in predict(opened, read_inputs(opened, path))) == 60
+
+
+def test_a_metric_of_one_label_is_refused_where_there_are_several(tmp_path: Path) -> None:
+    path = write_csv(tmp_path / "my.csv", ["text", "label"], rows(60))
+    with pytest.raises(ConfigError, match="mcc is of single-label classifiers; objective.task is multi-label"):
+        prepare(tiny(path, objective={"task": "multi-label"}, evaluate={"metrics": ["mcc"]}))
+    prepare(tiny(path, evaluate={"metrics": ["mcc"]}))

@@ -124,6 +124,8 @@ class Mcc:
     mean_column: ClassVar[str | None] = None
     unit: ClassVar[str] = "number"
     limits: ClassVar[tuple[float, float]] = (-1.0, 1.0)
+    # of `objective.task`; where a text may have several labels the formula means nothing
+    task: ClassVar[str] = "single-label"
 
     def value(self, sums: Mapping[str, Any]) -> Any:
         gold, predicted, hits = label_sums(sums)

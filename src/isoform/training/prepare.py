@@ -299,8 +299,11 @@ def _datasets(
 def _check_scoring(config: RunConfig, objective: Objective, splits: set[str], for_training: bool) -> None:
     """Metrics and splits that are asked for after hours of training must be there before."""
     wanted = config.evaluate.metrics or objective.metrics
+    task = getattr(getattr(objective, "config", None), "task", None)
     for metric in config.evaluate.metrics or ():
-        lookup("metric", metric, "evaluate.metrics")
+        wanted_task = getattr(lookup("metric", metric, "evaluate.metrics"), "task", task)
+        if wanted_task != task:
+            raise ConfigError(f"evaluate.metrics: {metric} is of {wanted_task} classifiers; objective.task is {task}")
     for split in config.evaluate.splits or ():
         if split not in splits:
             raise ConfigError(f"evaluate.splits: no split {split!r}; the data has {', '.join(sorted(splits))}")
