@@ -226,11 +226,12 @@ def near(name: str, tolerance: float) -> Check:
 
 
 def equal_share(name: str, least: float) -> Check:
-    """Lists of which at least this share of places must be equal."""
+    """Lists of which at least this share of places must be equal; where none must, as in another precision, it is told."""
 
     def check(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[bool, str]:
         pairs = list(zip(ours[name], theirs[name], strict=True))
         share = sum(first == second for first, second in pairs) / len(pairs)
-        return share >= least, f"{100 * share:.2f} % of {len(pairs):,} {name} equal"
+        asked = "" if least else ", of which none is asked"
+        return share >= least, f"{100 * share:.2f} % of {len(pairs):,} {name} equal{asked}"
 
     return check
