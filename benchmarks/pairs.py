@@ -226,7 +226,7 @@ def near(name: str, tolerance: float) -> Check:
 
 
 def equal_share(name: str, least: float) -> Check:
-    """Lists of which at least this share of places must be equal; where none must, as in another precision, it is told."""
+    """Lists of which at least this share of places must be equal; with 0, as in another precision, it is told alone."""
 
     def check(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[bool, str]:
         pairs = list(zip(ours[name], theirs[name], strict=True))
