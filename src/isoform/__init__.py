@@ -2,12 +2,12 @@
 
     import isoform
     isoform.study("quickstart", out="runs/quickstart")          arms x seeds, audited and compared
-    isoform.train("shakespeare-char", set=["train.max_steps=200"], out="runs/try")
-    isoform.predict("runs/try", ["Where was Ada Lovelace born?"])
+    isoform.train("classify", set=["train.max_epochs=2"], out="runs/try")
+    isoform.predict("runs/try", ["A film of rare charm."])
     model = isoform.load("runs/try").model
 
-Every verb of the command line is a function that returns what `--json` prints: `eval` is `evaluate`, and `data` is
-`passport`, since the data room has that name. Nothing is imported
+Every verb of the command line is a function that returns what `--json` prints, but that `generate` gives pieces of text
+and `report` a path. `eval` is `evaluate`, and `data` is `passport`, since the data room has that name. Nothing is imported
 until one is called.
 """
 
@@ -142,7 +142,8 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     int8: bool = False,
 ) -> list[dict[str, Any]]:
-    """Metrics with intervals of a run or model: on a source, or on one of the run's own splits (default: test).
+    """Metrics with intervals of a run or model: on a source, or on one of the run's own splits
+    (default: test, else dev, else holdout).
 
     int8: also from weights of 8 bits, to see what they cost.
 
@@ -223,7 +224,8 @@ def generate(
 
 
 def load(path: str | Path, *, base: str | Path | None = None) -> LoadedModel:
-    """A model with its tokenizer from a run, an isoform or Hugging Face folder, or `hf:owner/name[@revision]`.
+    """A model with its tokenizer from a run, an isoform or Hugging Face folder, a .gguf file, `pkg:NAME` of an installed
+    package, or `hf:owner/name[@revision]`.
 
     base: of an adapter, where its folder does not say (see `checkpoints.adapters`).
     Raises: CheckpointError that names what is missing, unknown or refused.

@@ -111,9 +111,12 @@ def predict(
     model: Model,
     texts: Annotated[list[str] | None, typer.Argument(help="Inputs; or use --in, or standard input.")] = None,
     source: Annotated[
-        Path | None, typer.Option("--in", help="A file with one input a line, or csv, tsv, jsonl.")
+        Path | None,
+        typer.Option("--in", help="A file with one input a line, or csv, tsv, json, jsonl, parquet, conll."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Write .csv or .jsonl instead of a table.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write .csv, .jsonl, .txt or .conll instead of a table.")
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights of 8 bits; `eval --int8` tells their cost.")] = False,
     as_json: Json = False,
 ) -> None:

@@ -195,10 +195,10 @@ def read_inputs(opened: Opened, path: Path | None) -> Iterator[Document]:
 
 
 def write_answers(answers: Iterable[Prediction], path: Path) -> tuple[int, int]:
-    """Writes .csv or .jsonl, streaming; returns (answers, unknown input tokens).
+    """Writes .csv, .jsonl, .txt (answers alone) or .conll (tags), streaming; returns (answers, unknown input tokens).
 
     Columns: input, answer; of a classifier each input, label, and `probability NAME` for each label; of words tokens
-    and tags, which may also be written as .conll.
+    and tags.
     """
     if path.suffix not in {".csv", ".jsonl", ".txt", ".conll"}:
         raise ConfigError(f"--out {path}: a name that ends in .csv, .jsonl, .txt or .conll is expected")
