@@ -7,8 +7,8 @@
     model = isoform.load("runs/try").model
 
 Every verb of the command line is a function that returns what `--json` prints, but that `generate` gives pieces of text
-and `report` a path. `eval` is `evaluate`, and `data` is `passport`, since the data room has that name. Nothing is imported
-until one is called.
+and `report` a path. `eval` is `evaluate`, and `data` is `passport`, since the data room has that name. Nothing is
+imported until one is called.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ def generate(
 
 
 def load(path: str | Path, *, base: str | Path | None = None) -> LoadedModel:
-    """A model with its tokenizer from a run, an isoform or Hugging Face folder, a .gguf file, `pkg:NAME` of an installed
-    package, or `hf:owner/name[@revision]`.
+    """A model with its tokenizer from a run, an isoform or Hugging Face folder, a .gguf file, `pkg:NAME` of a package, or
+    `hf:owner/name[@revision]`.
 
     base: of an adapter, where its folder does not say (see `checkpoints.adapters`).
     Raises: CheckpointError that names what is missing, unknown or refused.
