@@ -224,7 +224,7 @@ def generate(
 
 
 def load(path: str | Path, *, base: str | Path | None = None) -> LoadedModel:
-    """A model with its tokenizer from a run, an isoform or Hugging Face folder, a .gguf file, `pkg:NAME` of a package, or
+    """A model with its tokenizer from a run, an isoform or Hugging Face folder, a .gguf file, `pkg:NAME`, or
     `hf:owner/name[@revision]`.
 
     base: of an adapter, where its folder does not say (see `checkpoints.adapters`).

@@ -280,6 +280,6 @@ def test_all_of_a_file_is_answered_however_little_was_trained_on(tmp_path: Path)
 
 def test_a_metric_of_one_label_is_refused_where_there_are_several(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "my.csv", ["text", "label"], rows(60))
-    with pytest.raises(ConfigError, match="mcc is of single-label classifiers; objective.task is multi-label"):
+    with pytest.raises(ConfigError, match=r"mcc is of single-label classifiers; objective.task is multi-label"):
         prepare(tiny(path, objective={"task": "multi-label"}, evaluate={"metrics": ["mcc"]}))
     prepare(tiny(path, evaluate={"metrics": ["mcc"]}))
