@@ -28,6 +28,7 @@ from isoform.models.lora import Lora, adapter_state
 from isoform.models.modernbert import ModernBert
 from isoform.models.t5 import T5
 from isoform.models.xlnet import XLNet
+from isoform.serving.use import open_model
 from isoform.text.bytelevel import SPLITS, byte_level
 from isoform.text.kinds import Bpe, Char
 
@@ -393,6 +394,9 @@ def test_half_precision_and_other_words_stay_in_gguf(save: Save, tmp_path: Path,
     assert fields["tokenizer.ggml.eot_token_id"].contents() == 5
     assert fields["general.sampling.temp"].contents() == pytest.approx(0.7)
     assert fields["general.sampling.top_k"].contents() == 40
+    ids = {"bos_token_id": again.tokenizer.special_ids["bos"], "eos_token_id": [2, 5]}
+    assert again.info["generation"] == {**ids, "do_sample": True, "temperature": 0.7, "top_k": 40}
+    assert set(open_model(tmp_path / "out" / "model.gguf").stop) == {2, 5}
 
 
 def test_waves_are_written_as_a_table(save: Save, tmp_path: Path, here: None) -> None:
@@ -411,6 +415,10 @@ def test_waves_are_written_as_a_table(save: Save, tmp_path: Path, here: None) ->
         (lambda: Llama.tiny(feedforward=MIXTURE), "does not read a mixture of experts"),
         (lambda: Llama.tiny(position={"kind": "learned"}), "llama in transformers has not: position learned"),
         (lambda: Llama.tiny(**rope(scaling={"kind": "yarn", "fast_turns": 8.0})), "its yarn has no .*fast_turns"),
+        (
+            lambda: Llama.tiny(**rope(scaling={"kind": "llama3", "factor": 4.0})),
+            "its readers know LLaMA 3's own scalings alone, by the factors 8, 16, 32",
+        ),
         (lambda: Bert.tiny(), "it is written for gpt2 and llama, this is a bert"),
         (lambda: T5.tiny(), "it is written for gpt2 and llama, this is a t5"),
         (lambda: Llama.tiny(), "a tokenizer of kind char, byte-level BPE is expected"),

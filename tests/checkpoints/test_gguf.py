@@ -23,6 +23,7 @@ from isoform.checkpoints.folders import load_model
 from isoform.errors import CheckpointError
 from isoform.layers.rope_scaling import Llama3
 from isoform.models.llama import Llama
+from isoform.text.bytelevel import byte_level
 from isoform.text.kinds import Bpe
 
 TEXTS = [
@@ -231,12 +232,16 @@ def test_what_is_not_read_is_refused_by_name(write: Write, tmp_path: Path) -> No
         writer.add_string("llama.rope.scaling.type", "longrope")
         writer.add_float32("llama.rope.scaling.factor", 2.0)
 
+    def windowed(writer: GGUFWriter) -> None:
+        writer.add_uint32("llama.attention.sliding_window", 64)
+
     def stranger(writer: GGUFWriter) -> None:
         writer.add_tensor("blk.0.attn_sinks.weight", np.zeros(4, np.float32))
 
     cases: list[tuple[dict[str, Any], str]] = [
         ({"change": experts}, "a mixture of experts is not read from GGUF"),
         ({"change": longrope}, "llama.rope.scaling.type 'longrope' is not read"),
+        ({"change": windowed}, r"the metadata llama.attention.sliding_window \(64\) is not read"),
         ({"change": stranger}, "the tensor blk.0.attn_sinks.weight is not known"),
         ({"leave_out": ("embedding_length",)}, "the metadata llama.embedding_length is missing"),
         ({"leave_out": ("blk.1.attn_norm.weight",)}, "missing: model.layers.1.input_layernorm.weight"),
@@ -294,6 +299,16 @@ def test_ids_special_tokens_and_template_are_those_of_transformers(write: Write,
     assert ours.special == {"pad": "<pad>", "bos": "<bos>", "eos": "<eos>"}
     assert ours.special_ids["eos"] == theirs.eos_token_id
     assert ours.chat_template == theirs.chat_template == TEMPLATE
+
+
+def test_special_tokens_of_other_alphabets_keep_their_numbers(bpe: Any) -> None:
+    tokens = [*ids_of_tokens(bpe), "<｜end▁of▁sentence｜>", "<a word>"]
+    merges = [" ".join(pair) for pair in bpe._description["model"]["merges"]]
+    special, whole = ["<｜end▁of▁sentence｜>"], ["<a word>"]
+    roles = {"eos": special[0], "bos": special[0]}
+    made = byte_level(tokens, merges, split="gpt-2", special=special, whole=whole, roles=roles, begins=True)
+    assert made.special_ids["eos"] == len(tokens) - 2 and made.vocab_size == len(tokens)
+    assert made.encode("<a word>").tolist() == [len(tokens) - 1]
 
 
 def test_a_model_that_reads_a_begin_token_first_says_so(write: Write) -> None:

@@ -19,6 +19,7 @@ from isoform.layers import ragged
 from isoform.models import names, t5_forms
 from isoform.models.t5 import T5
 from isoform.reading import read_config, recipe_names
+from isoform.text.kinds import Char
 
 SOURCES, TARGETS = [5, 1, 17, 9, 30], [3, 7, 1, 12, 20]
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -245,6 +246,28 @@ def test_a_folder_of_transformers_comes_back_as_it_was(form: str, dtype: torch.d
         expected = hf(input_ids=ids, decoder_input_ids=targets).logits
         assert torch.equal(again(input_ids=ids, decoder_input_ids=targets).logits, expected)
     assert load_model(tmp_path / "ours").config == loaded.config
+
+
+def test_a_folder_of_two_precisions_loses_nothing(tmp_path: Path) -> None:
+    """transformers keeps the second matrix of each feed-forward layer in float32 where the rest is float16."""
+    hf_model("t5").save_pretrained(tmp_path / "hf")
+    half = T5ForConditionalGeneration.from_pretrained(tmp_path / "hf", dtype=torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    before = read_model(tmp_path / "half")
+    assert {tensor.dtype for tensor in before.values()} == {torch.float16, torch.float32}
+    save_model(tmp_path / "ours", load_model(tmp_path / "half").model, None)
+    after = read_model(tmp_path / "ours")
+    assert all(torch.equal(after[name].float(), tensor.float()) for name, tensor in before.items())
+
+
+def test_what_the_decoder_begins_with_is_kept(tmp_path: Path) -> None:
+    hf = hf_model("t5")
+    hf.config.decoder_start_token_id = 7
+    hf.save_pretrained(tmp_path / "hf")
+    loaded = load_model(tmp_path / "hf")
+    assert loaded.config.start_id == 7
+    save_model(tmp_path / "ours", loaded.model, Char.train(Char.Config(special=("pad", "unk", "eos")), ["abcdefgh"]))
+    assert T5Config.from_pretrained(tmp_path / "ours").decoder_start_token_id == 7
 
 
 def test_copies_of_the_embedding_in_old_checkpoints() -> None:

@@ -10,9 +10,11 @@ from torch.nn import functional as F
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from isoform.contracts import Batch, Sequences
+from isoform.errors import ConfigError
 from isoform.layers import ragged
 from isoform.layers.moe import MixtureOfExperts
 from isoform.models.llama import Llama
+from isoform.models.t5 import T5
 from isoform.objectives.crossentropy import TokenObjective
 from isoform.objectives.routing import Routed, routing_sums, with_routing
 from isoform.training.step import LossModule, accumulate
@@ -103,6 +105,25 @@ def test_micro_batches_and_filler_change_nothing() -> None:
             torch.testing.assert_close(gradient, results[0][2][name], rtol=1e-9, atol=1e-12)
     assert results[0][0]["balance"] == 31 * 2
     assert sum(total for name, total in results[0][1].items() if name.startswith("_expert_load.1.")) / 31 == 4
+
+
+def test_a_rank_without_a_share_adds_nothing() -> None:
+    model = Llama.tiny(feedforward=MOE).double()
+    objective = with_routing(TokenObjective(None, None, 8), model)  # type: ignore[arg-type]
+    batch = batch_of([9])
+    batch.weights = torch.zeros(1)
+    batch.targets[:] = -100  # type: ignore[index]
+    counts = objective.counts(batch)
+    assert not any(counts.values())
+    totals = accumulate(LossModule(model, objective), [batch], counts, precision="fp32", device=torch.device("cpu"))
+    assert not any(totals.values())
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+
+
+def test_models_that_cannot_tell_of_their_routers_are_refused() -> None:
+    model = T5.tiny(feedforward={**MOE, "expert": "geglu-tanh"})
+    with pytest.raises(ConfigError, match="only decoders tell how their routers chose"):
+        with_routing(TokenObjective(None, None, 8), model)  # type: ignore[arg-type]
 
 
 def test_the_routers_learn_from_both_losses_and_statistics_are_no_loss() -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +170,8 @@ def _special_ids(tokenizer: Tokenizer, model: Any) -> dict[str, int | None]:
     # An absent id is written as null: left out, transformers would assume the ids of the published model.
     ids = {f"{name}_token_id": tokenizer.special_ids.get(name) for name in ("bos", "eos", "pad")}
     if "encoder-decoder" in model.capabilities:
-        ids["decoder_start_token_id"] = ids["pad_token_id"]
+        start = getattr(model.config, "start_id", None)
+        ids["decoder_start_token_id"] = ids["pad_token_id"] if start is None else start
     return ids
 
 
@@ -185,7 +187,8 @@ def load_model(
 ) -> LoadedModel:
     """A model from any source of `checkpoints.sources`: run, isoform or Hugging Face folder, package, hub.
 
-    base: of an adapter, where its folder does not say or no longer rightly. dtype: of the parameters; None: as stored.
+    base: of an adapter, where its folder does not say or no longer rightly. dtype: of the parameters; None: as stored,
+        the widest where there are several.
     Damaged files, pickles, remote code, and tensors that are unknown,
     missing or of another shape are refused by name. Raises: CheckpointError.
     """
@@ -263,6 +266,8 @@ def _load_gguf(path: Path, dtype: torch.dtype | None, device: str | torch.device
     if found.tokenizer is not None:
         _check_ids(path, found.tokenizer, config)
     info = {"path": str(path), "extra": {}, "verified": False, "hf_config": found.hf_config, "packed": found.kinds}
+    if found.generation:
+        info["generation"] = found.generation
     return LoadedModel(model, found.tokenizer, family, config, {**info, "tokenizer": found.no_tokenizer})
 
 
@@ -277,7 +282,9 @@ def _filled(
 ) -> Any:
     """The model with these weights, in one precision, ready to be used."""
     load_weights(model, weights, where, assign=assign)
-    wanted = dtype or next((tensor.dtype for tensor in weights.values() if tensor.is_floating_point()), None)
+    # Of several precisions the widest, which holds them all: one pass computes in one.
+    stored = [tensor.dtype for tensor in weights.values() if tensor.is_floating_point()]
+    wanted = dtype or (reduce(torch.promote_types, stored) if stored else None)
     for parameter in model.parameters():
         # Buffers (tables of angles, slopes) keep their precision, as they do in transformers.
         parameter.data = parameter.data.to(device=device, dtype=wanted)

@@ -61,6 +61,25 @@ LLAMA3_FACTORS = (8.0, 16.0, 32.0)
 # Kinds of a token.
 CONTROL, USER_DEFINED = 3, 4
 ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding", "sep": "seperator", "mask": "mask"}
+# generation_config.json -> what llama.cpp takes from `general.sampling` where its caller says nothing.
+SAMPLING = {
+    "temperature": "temp",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "penalty_repeat",
+}
+# Other tokens that end a text.
+ENDS = ("eot", "eom")
+# What of an architecture's metadata is read, or says what the tensors say too.
+READ = frozenset(
+    """
+    context_length embedding_length block_count feed_forward_length vocab_size expert_count expert_used_count
+    attention.head_count attention.head_count_kv attention.key_length attention.value_length
+    attention.layer_norm_epsilon attention.layer_norm_rms_epsilon rope.dimension_count rope.freq_base rope.scale_linear
+    rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned
+    """.split()  # noqa: SIM905
+)
 # A line is shown where reading takes longer, and again as often.
 PATIENCE_SECONDS = 3.0
 
@@ -70,6 +89,7 @@ class GGUF:
     """A file as a Hugging Face folder would hold it.
 
     no_tokenizer: why there is none. kinds: how many tensors are packed in which way. name: what the model calls itself.
+    generation: generation_config.json, where the file says more than the tokenizer.
     """
 
     hf_config: dict[str, Any]
@@ -78,6 +98,7 @@ class GGUF:
     no_tokenizer: str | None
     kinds: dict[str, int]
     name: str | None
+    generation: dict[str, Any]
 
 
 def read_gguf(path: Path) -> GGUF:
@@ -91,6 +112,7 @@ def read_gguf(path: Path) -> GGUF:
             f"{path}: the architecture {architecture!r} is not read from GGUF, gpt2 and llama are; take the model's "
             "Hugging Face folder"
         )
+    _refuse_unread(path, fields, architecture)
     stored = {tensor.name: tensor for tensor in reader.tensors}
     hf_config, theirs = _gpt2(path, fields, stored) if architecture == "gpt2" else _llama(path, fields, stored)
     tensors: dict[str, Tensor] = {}
@@ -103,7 +125,33 @@ def read_gguf(path: Path) -> GGUF:
         tensors[place] = value
     progress.done()
     tokenizer, reason = _tokenizer(path, fields)
-    return GGUF(hf_config, tensors, tokenizer, reason, kinds, fields.get("general.name"))
+    generation = _generation(fields, hf_config)
+    return GGUF(hf_config, tensors, tokenizer, reason, kinds, fields.get("general.name"), generation)
+
+
+def _refuse_unread(path: Path, fields: Mapping[str, Any], architecture: str) -> None:
+    """Raises: CheckpointError for what is switched on and would change what the model computes."""
+    for name, value in fields.items():
+        kind, _, rest = name.partition(".")
+        if kind == architecture and rest not in READ and value not in (0, False, "", None):
+            raise CheckpointError(
+                f"{path}: the metadata {name} ({value!r}) is not read; take the model's Hugging Face folder"
+            )
+
+
+def _generation(fields: Mapping[str, Any], hf_config: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json, where there is sampling or more than one token that ends a text."""
+    sampling = {
+        ours: value if ours == "top_k" else _decimal(value)
+        for ours, theirs in SAMPLING.items()
+        if (value := fields.get(f"general.sampling.{theirs}")) is not None
+    }
+    named = [hf_config["eos_token_id"], *(fields.get(f"tokenizer.ggml.{end}_token_id") for end in ENDS)]
+    ends = list(dict.fromkeys(index for index in named if index is not None))
+    if not sampling and len(ends) < 2:
+        return {}
+    ids = {name: hf_config[name] for name in ("bos_token_id", "pad_token_id") if hf_config[name] is not None}
+    return {**ids, "eos_token_id": ends, **({"do_sample": True, **sampling} if sampling else {})}
 
 
 def halves(rows: Tensor, num_heads: int) -> Tensor:

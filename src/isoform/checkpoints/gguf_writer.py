@@ -31,14 +31,6 @@ ALIGNMENT_BYTES = 32
 KINDS = {torch.float32: (0, 0), torch.float16: (1, 1), torch.bfloat16: (30, 32)}
 # Kinds of a token beside those of `reading`.
 NORMAL, UNUSED = 1, 5
-# generation_config.json -> what llama.cpp takes where its caller says nothing.
-SAMPLING = {
-    "temperature": "temp",
-    "top_k": "top_k",
-    "top_p": "top_p",
-    "min_p": "min_p",
-    "repetition_penalty": "penalty_repeat",
-}
 
 
 def write_model(path: Path, loaded: LoadedModel) -> dict[str, Any]:
@@ -93,6 +85,12 @@ def why_not(loaded: LoadedModel) -> str | None:
         changed = [name for name, value in plain.items() if scaling[name] != value]
         if changed:
             return f"its yarn has no model.position.scaling.{changed[0]}"
+    if scaling is not None and scaling["kind"] == "llama3":
+        plain = Llama3(factor=scaling["factor"]).model_dump()
+        changed = [name for name, value in plain.items() if scaling[name] != value]
+        if changed or scaling["factor"] not in reading.LLAMA3_FACTORS:
+            known = ", ".join(f"{factor:g}" for factor in reading.LLAMA3_FACTORS)
+            return f"its readers know LLaMA 3's own scalings alone, by the factors {known}"
     if loaded.tokenizer is None:
         return f"the file needs a tokenizer: {loaded.info['tokenizer']}"
     return None
@@ -254,7 +252,7 @@ def _generation(loaded: LoadedModel) -> dict[str, Any]:
     given = loaded.info.get("generation") or {}
     fields: dict[str, Any] = {
         f"general.sampling.{theirs}": given[ours] if ours == "top_k" else float(given[ours])
-        for ours, theirs in SAMPLING.items()
+        for ours, theirs in reading.SAMPLING.items()
         if given.get(ours) is not None
     }
     assert loaded.tokenizer is not None, "why_not has looked"

@@ -108,7 +108,9 @@ def _base(given: Mapping[str, Any], kind: str, old: str, default: float) -> floa
     scalings = {rope.get("rope_type", "default"), rope.get("type", "default")} - {"default"}
     if scalings:
         raise ConfigError(f"config.json: rope_parameters.{kind}.rope_type is {scalings.pop()!r}, 'default' is expected")
-    return float(rope.get("rope_theta", given.get(old, default)))
+    base = rope.get("rope_theta", given.get(old, default))
+    # In old folders null stood for the base of the other layers.
+    return _base(given, GLOBAL, "global_rope_theta", 160_000.0) if base is None and kind == LOCAL else float(base)
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors

@@ -68,6 +68,8 @@ class T5(nn.Module):
         dropout: float = Field(0.1, ge=0, lt=1)
         tied: bool = True
         # whether the head is the embedding
+        start_id: int | None = None
+        # of the token that the decoder begins with; null: that of padding
         scale_logits: bool | None = None
         # whether logits are divided by sqrt(width); null: where the head is the embedding
 

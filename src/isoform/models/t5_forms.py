@@ -80,6 +80,7 @@ def read_config(given: Mapping[str, Any]) -> dict[str, Any]:
         "num_buckets": given.get("relative_attention_num_buckets", 32),
         "max_distance": given.get("relative_attention_max_distance", 128),
         "dropout": given.get("dropout_rate", 0.1),
+        "start_id": given.get("decoder_start_token_id"),
         "norm_eps": given.get("layer_norm_epsilon", 1e-6),
         "feedforward": {"kind": _activation(given.get("feed_forward_proj", "relu"))},
         "tied": tied and scaled,

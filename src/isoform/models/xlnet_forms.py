@@ -74,7 +74,7 @@ def _read(given: Mapping[str, Any]) -> dict[str, Any]:
     expect(given, "summary_activation", "tanh")
     width, num_heads = given.get("d_model", 1024), given.get("n_head", 16)
     expect(given, "d_head", width // num_heads, None)
-    clamp = given.get("clamp_len", -1)
+    clamp = given.get("clamp_len") or -1
     stored = stored_names(given)
     return {
         "vocab_size": given.get("vocab_size", given.get("n_token", 32000)),

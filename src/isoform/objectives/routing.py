@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from isoform.contracts import Batch, LossPart, Model, Objective, Output
+from isoform.errors import ConfigError
 from isoform.layers import ragged
 from isoform.layers.moe import MixtureOfExperts, choose
 
@@ -66,6 +67,8 @@ class Routed:
 def with_routing(objective: Objective, model: torch.nn.Module) -> Objective:
     """The objective as it is, or with the losses of the model's routers."""
     layers = [layer for layer in model.modules() if isinstance(layer, MixtureOfExperts)]
+    if layers and "causal" not in cast("Any", model).capabilities:
+        raise ConfigError("model.feedforward: moe: only decoders tell how their routers chose; use gpt2 or llama")
     return cast("Objective", Routed(objective, layers)) if layers else objective
 
 
@@ -94,6 +97,8 @@ def _loads(number: int, layer: MixtureOfExperts) -> list[str]:
 
 
 def _num_real(batch: Batch) -> int:
-    """Tokens of the sequences that are not filler, which stand at the end."""
+    """Tokens of the sequences that are not filler, which stands at the end; 0 where a rank has no share of the step."""
+    if batch.weights is not None and not bool(batch.weights.any()):
+        return 0
     lengths = batch.sequences.lengths
     return sum(lengths[: len(lengths) - batch.num_filler])

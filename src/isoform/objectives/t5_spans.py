@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -86,6 +86,11 @@ class T5Spans(TokenObjective):
                 f"{self.window_tokens} tokens have {need} spans; give at least so many sentinels"
             )
         return ids
+
+    def fitted(self, model: Any, seed: int) -> Any:
+        """The model, which remembers what its decoder begins with."""
+        model.config = model.config.model_copy(update={"start_id": self.start})
+        return model
 
     def encode(self, document: Document) -> Encoded:
         text = required_text(document, "text")

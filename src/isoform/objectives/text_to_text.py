@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -49,6 +50,11 @@ class TextToText(TokenObjective):
     @cached_property
     def end(self) -> int:
         return special_id(self.tokenizer, self.config.end, "objective.end")
+
+    def fitted(self, model: Any, seed: int) -> Any:
+        """The model, which remembers what its decoder begins with."""
+        model.config = model.config.model_copy(update={"start_id": self.start})
+        return model
 
     def encode(self, document: Document) -> Encoded:
         return encode_pair(document, self.tokenizer, self.max_tokens, prefix=self.config.prefix)

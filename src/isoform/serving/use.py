@@ -90,7 +90,7 @@ def open_model(
         limit = max_tokens or loaded.model.max_positions or RunConfig().text.max_tokens
         kinds = {"bidirectional": "masked", "encoder-decoder": "text-to-text"}
         kind = next((kinds[ability] for ability in kinds if ability in loaded.model.capabilities), "causal")
-        objective_section: dict[str, Any] = {"kind": kind}
+        objective_section: dict[str, Any] = {"kind": kind, **_start(loaded)}
         classifier = getattr(loaded.config, "classifier", None)
         if classifier is not None:
             objective_section = {"kind": "classify", "task": classifier.task, "labels": list(classifier.labels)}
@@ -127,6 +127,18 @@ def _stop(loaded: LoadedModel) -> tuple[int, ...]:
         ids = table.get("eos_token_id")
         named += ids if isinstance(ids, list) else [ids]
     return tuple(sorted({index for index in named if isinstance(index, int)}))
+
+
+def _start(loaded: LoadedModel) -> dict[str, str]:
+    """The option of an objective that says with what the decoder begins, where it is not padding."""
+    assert loaded.tokenizer is not None
+    start, special = getattr(loaded.config, "start_id", None), loaded.tokenizer.special_ids
+    if start is None or start == special.get("pad"):
+        return {}
+    roles = [role for role, index in special.items() if index == start]
+    if not roles:
+        raise ConfigError(f"{loaded.info['path']}: decoder_start_token_id {start} is no special token of the tokenizer")
+    return {"start": roles[0]}
 
 
 def _run_of(path: Path) -> RunConfig | None:

@@ -54,9 +54,10 @@ def byte_level(
         raise DataError(f"words are parted by the rule {split!r}; known: {', '.join(SPLITS)}")
     spelling = byte_characters()
     alphabet = set(spelling.values())
-    # A token in plain spelling (an added one, as a rule) is written as the bytes that it is.
+    # Added tokens are looked for as they are written; any other in plain spelling is written as the bytes that it is.
+    added = {*special, *whole}
     spelt = [
-        token if set(token) <= alphabet else "".join(spelling[byte] for byte in token.encode("utf-8"))
+        token if token in added or set(token) <= alphabet else "".join(spelling[byte] for byte in token.encode("utf-8"))
         for token in tokens
     ]
     vocab = {token: index for index, token in enumerate(spelt)}
