@@ -40,6 +40,23 @@ def test_t5_has_as_many_parameters_as_the_decoders_of_birthplaces() -> None:
     assert abs(t5 / gpt - 1) < 0.05
 
 
+def test_experts_are_as_many_active_parameters_as_the_llama_beside_them() -> None:
+    layout = laid_out("architectures")
+    sizes = {}
+    for arm in ("llama", "experts"):
+        config = first_stage(layout, arm)
+        blocks = {name: size for name, size in parameters(config).items() if name.startswith("blocks")}
+        inner = sum(size for name, size in blocks.items() if name.split(".")[-2] in ("up", "gate", "down"))
+        share = (
+            config.model["feedforward"]["active"] / config.model["feedforward"]["experts"] if arm == "experts" else 1
+        )
+        sizes[arm] = sum(blocks.values()) - (1 - share) * inner
+    assert abs(sizes["experts"] / sizes["llama"] - 1) < 0.01
+    assert sum(parameters(first_stage(layout, "experts")).values()) > 2 * sum(
+        parameters(first_stage(layout, "llama")).values()
+    )
+
+
 def test_t5_has_a_sentinel_for_every_span_of_a_window() -> None:
     config = first_stage(laid_out("birthplaces"), "t5")
     shape = config.objective["noise_fraction"], config.objective["mean_span_tokens"]

@@ -33,7 +33,7 @@ def test_loads_and_entropy_reach_the_log_and_the_report(routed, tmp_path):
         for layer in (0, 1):
             loads = [row[f"expert_load.{layer}.{expert}"] for expert in range(4)]
             assert sum(loads) == pytest.approx(4)
-            assert min(loads) >= 0 and max(loads) <= 2
+            assert min(loads) > 0, "no expert is dead"
         assert 0.99 < row["loss_balance"] < 4
         assert row["loss_router_z"] > 0
     assert rows[0]["tokens"] < 8 * 32, "routers' parts are no targets"
