@@ -713,6 +713,10 @@ def test_a_jump_of_the_loss_is_told(finished: Finished) -> None:
     losses[60] = 4.5
     assert audit_curves.spikes(losses) == [60]
     assert audit_curves.spikes(FALLING) == []
+    # A classifier's first steps, a few reviews each: odd batches, no jump.
+    odd = [0.69, 0.69, 0.69, 0.69, 0.69, 0.69, 0.68, 0.68, 0.69, 0.71, 0.68, 0.71, 0.67, 0.68, 0.69, 0.67, 0.73, 0.68]
+    assert audit_curves.spikes([*odd, 0.67, 0.69, 0.65, 0.61, 0.68, 0.68, 0.62, 0.67, 0.64, 0.82, 0.61]) == []
+    assert audit_curves.spikes([*odd, 0.67, 0.69, 0.65, 0.61, 0.68, 0.68, 0.62, 0.67, 0.64, 1.40, 0.61]) == [27]
     assert audit_curves.spikes([2.0 + 10 * noise for noise in NOISE]) == []
     finished.losses("second", 0, losses)
     assert "jumps up, first at logged step 61" in one(findings(finished.rows(), audit_rows.DIVERGED), "warn")

@@ -21,6 +21,7 @@ ROUNDING = 1e-9
 # A loss jumps where it is this many (robust) deviations above the steps before it and half of the progress is lost.
 SPIKE_DEVIATIONS = 8
 SPIKE_WINDOW = 20
+SPIKE_FARTHER = 3
 MAX_START_STEPS = 10
 MAD_TO_DEVIATION = 1.4826
 
@@ -83,14 +84,19 @@ def rose(losses: Sequence[float]) -> bool:
 
 
 def spikes(losses: Sequence[float]) -> list[int]:
-    """Steps (from 0) at which the loss jumps up by more than half of what it had come down, far out of its noise."""
+    """Steps (from 0) at which the loss jumps up by more than half of what it had come down, far out of its noise.
+
+    Batches of few sequences now and then have a loss far from the others', which is no jump of the model's: a jump is
+    also several times as far as any step before it went.
+    """
     found = []
     start = fmean(losses[: max(1, min(len(losses) // 10, MAX_START_STEPS))]) if losses else 0.0
     for step in range(SPIKE_WINDOW // 2, len(losses)):
         before = losses[max(0, step - SPIKE_WINDOW) : step]
         middle = median(before)
         deviation = MAD_TO_DEVIATION * median(abs(loss - middle) for loss in before)
-        if losses[step] - middle > max(SPIKE_DEVIATIONS * deviation, (start - middle) / 2, ROUNDING):
+        farthest = SPIKE_FARTHER * (max(before) - middle)
+        if losses[step] - middle > max(SPIKE_DEVIATIONS * deviation, farthest, (start - middle) / 2, ROUNDING):
             found.append(step)
     return found
 
