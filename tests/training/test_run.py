@@ -360,6 +360,12 @@ def test_a_split_may_be_scored_at_a_length_of_its_own(make, tmp_path):
     assert same(weights(twice.folder), weights(once.folder)), "training is the same"
     long, short = (next(row for row in run.rows if row["metric"] == "bits_per_byte") for run in (twice, once))
     assert long["n"] < short["n"] and long["value"] != short["value"]
+    whole, parts = ([row["stats"] for row in read_jsonl(run.folder / "predictions.jsonl")] for run in (twice, once))
+    assert max(row["tokens"] for row in whole) == 16 and max(row["tokens"] for row in parts) == 8
+    for total in ("bytes", "tokens"):
+        assert sum(row[total] for row in whole) == sum(row[total] for row in parts)
+    again = {row["metric"]: row["value"] for row in isoform.evaluate(twice.folder, split="dev")}
+    assert again["bits_per_byte"] == pytest.approx(long["value"], rel=1e-6)
     for position in ("learned", "rope"):
         wrong = {**rotary, "model": {"position": {"kind": position}}}
         split = "dev" if position == "learned" else "absent"

@@ -64,6 +64,15 @@ class Opened:
             )
         return in_int8(self.model) if self.int8 else served(self.model)
 
+    def objective_at(self, max_tokens: int) -> Objective:
+        """The objective where texts are cut at so many tokens."""
+        if max_tokens == self.config.text.max_tokens:
+            return self.objective
+        cls, options = component("objective", self.config.objective, "objective")
+        made: Objective = cls(options, self.tokenizer, max_tokens)
+        made.helper = self.objective.helper
+        return made
+
     def reading(self, *, int8: bool = False) -> Any:
         """The model as decoding reads it, made once: its weights do not change."""
         if int8 not in self.readings:
@@ -172,18 +181,12 @@ def score(
         known = ", ".join(splits.splits) or "no split"
         raise ConfigError(f"--split {name}: the run's data has {known}; or give --data SOURCE")
     shown = split or ("data" if data is not None else name)
-    dataset = build_dataset(
-        splits.splits[name],
-        opened.tokenizer,
-        opened.objective,
-        asked,
-        opened.config.text.max_tokens,
-        cache,
-        keep_documents=True,
-    )
+    length = (settings.max_tokens.get(name) if data is None else None) or opened.config.text.max_tokens
+    objective = opened.objective_at(length)
+    dataset = build_dataset(splits.splits[name], opened.tokenizer, objective, asked, length, cache, keep_documents=True)
     evaluation = evaluate(
         opened.scoring,
-        opened.objective,
+        objective,
         dataset,
         split=shown,
         metrics=metrics or settings.metrics,

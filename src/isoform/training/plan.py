@@ -198,7 +198,7 @@ def _seconds_to_score_one(run: Prepared, split: str) -> float:
     start = time.perf_counter()
     evaluate(
         run.model,
-        run.objective,
+        run.objectives.get(split, run.objective),
         some,
         split=split,
         metrics=run.config.evaluate.metrics,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -75,6 +75,8 @@ class Prepared:
     device: torch.device
     fingerprints: dict[str, str]
     # data, tokenizer, and each model that the objective needs beside the trained one
+    objectives: dict[str, Objective] = field(default_factory=dict)
+    # of the splits that are scored at a length of their own
 
     def factor(self, step: int) -> float:
         """The schedule's share of the peak rate at `step`."""
@@ -177,11 +179,14 @@ def prepare(
     if objective.helper is not None and for_training:
         objective.helper.join(others, model, config.seed)
     objective = with_routing(objective, model)
+    objectives = _objectives_of_splits(
+        config, objective, lambda length: objective_class(objective_options, tokenizer, length)
+    )
     datasets = _datasets(
         config,
         {name: source for name, source in splits.splits.items() if for_training or name != "train"},
         tokenizer,
-        lambda length: objective if length == max_tokens else objective_class(objective_options, tokenizer, length),
+        lambda split: objectives.get(split, objective),
         model,
     )
     if adapter is not None and for_training:
@@ -200,6 +205,7 @@ def prepare(
         splits=splits,
         tokenizer=tokenizer,
         objective=objective,
+        objectives=objectives,
         datasets=datasets,
         model=model.to(device),
         batch_plan=batch_plan,
@@ -266,11 +272,22 @@ def _check_ability(config: RunConfig, objective: Objective, model: Any, family_n
         )
 
 
+def _objectives_of_splits(
+    config: RunConfig, objective: Objective, of_length: Callable[[int], Objective]
+) -> dict[str, Objective]:
+    """The objective of each split that is scored at a length of its own, which cuts its texts and samples there."""
+    lengths = {name: length for name, length in config.evaluate.max_tokens.items() if length is not None}
+    made = {name: of_length(length) for name, length in lengths.items() if length != config.text.max_tokens}
+    for each in made.values():
+        each.helper = objective.helper
+    return made
+
+
 def _datasets(
     config: RunConfig,
     sources: dict[str, Source],
     tokenizer: TextTokenizer,
-    objective_for: Callable[[int], Objective],
+    objective_for: Callable[[str], Objective],
     model: Any,
 ) -> dict[str, Dataset]:
     """Each split's token store, at its own length where `evaluate.max_tokens` names one.
@@ -289,7 +306,7 @@ def _datasets(
     datasets = {}
     for name, source in sources.items():
         length = lengths.get(name, config.text.max_tokens)
-        objective, keep = objective_for(length), name != "train"
+        objective, keep = objective_for(name), name != "train"
         datasets[name] = build_dataset(
             source, tokenizer, objective, config.data, length, cache_folder(), keep_documents=keep
         )

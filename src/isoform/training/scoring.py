@@ -30,7 +30,7 @@ def score(
     most = on_the_way if keep is None and watch is None else settings.max_examples
     return evaluate(
         model,
-        run.objective,
+        run.objectives.get(split, run.objective),
         Thinned(run.datasets[split], most),
         split=split,
         metrics=settings.metrics,
