@@ -74,6 +74,33 @@ class Edged:
         return edge_ids(self.tokenizer, END, self.config.edges, "objective.edges")
 
 
+class Decoded:
+    """An objective whose options `start` and `end` name what a decoder begins with, and what ends both streams."""
+
+    config: Any
+    tokenizer: Tokenizer
+
+    @cached_property
+    def start(self) -> int:
+        return special_id(self.tokenizer, self.config.start, "objective.start")
+
+    @cached_property
+    def end(self) -> int:
+        return special_id(self.tokenizer, self.config.end, "objective.end")
+
+    def fitted(self, model: Any, seed: int) -> Any:
+        """The model, which remembers what its decoder begins with."""
+        model.config = model.config.model_copy(update={"start_id": self.start})
+        return model
+
+
+def at_length(objective: Any, max_tokens: int) -> Any:
+    """The same objective where texts are cut at so many tokens; what it needs beside the model is shared."""
+    made = type(objective)(objective.config, objective.tokenizer, max_tokens)
+    made.helper = objective.helper
+    return made
+
+
 def needed(encoded: Encoded, field: str) -> IntArray:
     """Ids of a field (`_field`: what is kept of it) that may be missing where nothing is asked. Raises: DataError."""
     if field not in encoded.fields:

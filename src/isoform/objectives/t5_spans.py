@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,7 @@ from pydantic import Field
 from isoform.contracts import Document, Encoded, IntArray, Ints, Prompt, Sample, Tokenizer
 from isoform.errors import ConfigError
 from isoform.objectives.crossentropy import TokenObjective
-from isoform.objectives.fields import required_text, special_id, tokens_of
+from isoform.objectives.fields import Decoded, required_text, tokens_of
 from isoform.registry import Options, register
 
 Mask = npt.NDArray[np.bool_]
@@ -33,7 +33,7 @@ class Lengths(NamedTuple):
 
 
 @register("objective", "t5-spans")
-class T5Spans(TokenObjective):
+class T5Spans(Decoded, TokenObjective):
     """Loss on what random spans held, each after the sentinel that stands in its place.
 
     Of a window of L tokens N = round(L noise_fraction) are cut out, in S = round(N / mean_span_tokens) spans whose
@@ -68,14 +68,6 @@ class T5Spans(TokenObjective):
         self.window_tokens = input_and_target_lengths(max_tokens, config.noise_fraction, config.mean_span_tokens).window
 
     @cached_property
-    def start(self) -> int:
-        return special_id(self.tokenizer, self.config.start, "objective.start")
-
-    @cached_property
-    def end(self) -> int:
-        return special_id(self.tokenizer, self.config.end, "objective.end")
-
-    @cached_property
     def sentinels(self) -> IntArray:
         """Ids of the sentinels. Raises: ConfigError where a full window has more spans."""
         ids = np.array(self.tokenizer.sentinel_ids, dtype=np.int32)
@@ -86,11 +78,6 @@ class T5Spans(TokenObjective):
                 f"{self.window_tokens} tokens have {need} spans; give at least so many sentinels"
             )
         return ids
-
-    def fitted(self, model: Any, seed: int) -> Any:
-        """The model, which remembers what its decoder begins with."""
-        model.config = model.config.model_copy(update={"start_id": self.start})
-        return model
 
     def encode(self, document: Document) -> Encoded:
         text = required_text(document, "text")

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cached_property
-from typing import Any
 
 import numpy as np
 
 from isoform.contracts import Document, Encoded, IntArray, Ints, Prompt, Sample
 from isoform.objectives.crossentropy import TokenObjective
-from isoform.objectives.fields import needed, special_id, tokens_of
+from isoform.objectives.fields import Decoded, needed, tokens_of
 from isoform.objectives.pairs import encode_pair, texts_of
 from isoform.registry import Options, register
 
 
 @register("objective", "text-to-text")
-class TextToText(TokenObjective):
+class TextToText(Decoded, TokenObjective):
     """loss = -sum_i log p(a_i | a_1 .. a_i-1, question), a the answer and END.
 
     encoder   prefix question END        decoder   START answer      asked   answer END
@@ -42,19 +40,6 @@ class TextToText(TokenObjective):
     stochastic: bool = False
     windowed: bool = False
     metrics: tuple[str, ...] = ("exact_match", "loss", "token_accuracy")
-
-    @cached_property
-    def start(self) -> int:
-        return special_id(self.tokenizer, self.config.start, "objective.start")
-
-    @cached_property
-    def end(self) -> int:
-        return special_id(self.tokenizer, self.config.end, "objective.end")
-
-    def fitted(self, model: Any, seed: int) -> Any:
-        """The model, which remembers what its decoder begins with."""
-        model.config = model.config.model_copy(update={"start_id": self.start})
-        return model
 
     def encode(self, document: Document) -> Encoded:
         return encode_pair(document, self.tokenizer, self.max_tokens, prefix=self.config.prefix)

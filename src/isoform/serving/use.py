@@ -31,6 +31,7 @@ from isoform.layers.choice import Shape
 from isoform.layers.init import served
 from isoform.layers.quantized import in_int8
 from isoform.models.lora import active_adapter
+from isoform.objectives.fields import at_length
 from isoform.registry import component
 from isoform.storage import locked, read_json, write_json
 from isoform.text.chat import chat_tokens, closing_ids
@@ -63,15 +64,6 @@ class Opened:
                 "merged; score this run without int8"
             )
         return in_int8(self.model) if self.int8 else served(self.model)
-
-    def objective_at(self, max_tokens: int) -> Objective:
-        """The objective where texts are cut at so many tokens."""
-        if max_tokens == self.config.text.max_tokens:
-            return self.objective
-        cls, options = component("objective", self.config.objective, "objective")
-        made: Objective = cls(options, self.tokenizer, max_tokens)
-        made.helper = self.objective.helper
-        return made
 
     def reading(self, *, int8: bool = False) -> Any:
         """The model as decoding reads it, made once: its weights do not change."""
@@ -181,8 +173,9 @@ def score(
         known = ", ".join(splits.splits) or "no split"
         raise ConfigError(f"--split {name}: the run's data has {known}; or give --data SOURCE")
     shown = split or ("data" if data is not None else name)
-    length = (settings.max_tokens.get(name) if data is None else None) or opened.config.text.max_tokens
-    objective = opened.objective_at(length)
+    own = settings.max_tokens.get(name) if data is None else None
+    length = own or opened.config.text.max_tokens
+    objective: Objective = opened.objective if own is None else at_length(opened.objective, own)
     dataset = build_dataset(splits.splits[name], opened.tokenizer, objective, asked, length, cache, keep_documents=True)
     evaluation = evaluate(
         opened.scoring,

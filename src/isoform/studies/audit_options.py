@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from isoform.config import RunConfig, run_config
 from isoform.errors import ConfigError, DataError
 from isoform.studies.audit_rows import DEAD, Level, Pair, Row, pairs, row, stepped, trained
-from isoform.studies.layout import ARM, Layout, flat
+from isoform.studies.layout import Layout, begins_from_arm, flat
 
 if TYPE_CHECKING:
     from isoform.studies.audit_probe import Probes
@@ -216,7 +216,7 @@ def _claim(
 
 def _trained_first(stage: str, *chains: dict[str, RunConfig]) -> bool:
     """Whether a stage starts from what another arm will have learned, in whose place a probe has an untrained model."""
-    return any(str(configs[stage].model.get("from", "")).startswith(ARM) for configs in chains if stage in configs)
+    return any(begins_from_arm(configs[stage]) for configs in chains if stage in configs)
 
 
 def _set_back(change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfig]) -> dict[str, RunConfig]:

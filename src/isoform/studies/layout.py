@@ -169,6 +169,11 @@ class Layout:
         return self._data[key]
 
 
+def begins_from_arm(config: RunConfig) -> bool:
+    """Whether its model is what another arm will have made."""
+    return str(config.model.get("from", "")).startswith(ARM)
+
+
 def arms_of(config: RunConfig) -> list[str]:
     """The arms whose models a config asks for."""
     found: list[str] = []

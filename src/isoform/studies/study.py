@@ -23,7 +23,7 @@ from isoform.layers.choice import Shape
 from isoform.registry import lookup
 from isoform.storage import fingerprint, iterate_jsonl, locked, read_json, write_json, write_text
 from isoform.studies import audit
-from isoform.studies.layout import ARM, AS_IS, Layout, StageRun, arms_of, config_differences
+from isoform.studies.layout import AS_IS, Layout, StageRun, arms_of, begins_from_arm, config_differences
 from isoform.studies.outside import read_results
 from isoform.studies.report import write_report
 from isoform.studies.scores import Scores, load_scores
@@ -66,7 +66,7 @@ def study(
             carry_out(runs, folder, layout.precision, jobs=jobs, quiet=quiet, say=say, note=note)
 
         try:
-            layout.chosen, tuning = _tune(layout, folder, train_missing)
+            tuning = _tune(layout, folder, train_missing)
             train_missing(list(layout.all()))
         finally:  # the time of a study that is stopped counts too
             record["seconds"] = float(record.get("seconds", 0.0)) + time.monotonic() - began
@@ -122,7 +122,7 @@ def shapes_of(study: StudyConfig) -> list[Shape]:
     layout = Layout(study, [study.seed], "", "")
     trained = [(arm, options.stages) for arm, options in layout.arms() if options.results is None]
     configs = [layout.config(arm, [*stages, AS_IS][0], study.seed, {}) for arm, stages in trained]
-    known = [config for config in configs if not str(config.model.get("from", "")).startswith(ARM)]
+    known = [config for config in configs if not begins_from_arm(config)]
     return list(dict.fromkeys(shape for config in known for shape in shape_of(config)))
 
 
@@ -138,12 +138,11 @@ def _refuse(rows: list[dict[str, Any]]) -> None:
 
 def _tune(
     layout: Layout, folder: Path, train_missing: Callable[[Sequence[StageRun], str], None]
-) -> tuple[dict[str, dict[str, Any]], dict[str, list[dict[str, Any]]]]:
-    """Each arm's best setting on its selection split, by the first seed.
+) -> dict[str, list[dict[str, Any]]]:
+    """The trials of each arm that tunes, by the first seed; the layout goes on with the best on the selection split.
 
     Trials run side by side over the arms, up to one that asks for the model of another, whose setting must be known.
     """
-    chosen: dict[str, dict[str, Any]] = {}
     trials: dict[str, list[dict[str, Any]]] = {}
     waiting: list[str] = []
 
@@ -154,8 +153,7 @@ def _tune(
             train_missing(runs, "trials: ")
         for arm, pairs in tried.items():
             trials[arm] = _judged(pairs, folder)
-            chosen[arm] = next(row["setting"] for row in trials[arm] if row["chosen"])
-        layout.chosen = dict(chosen)
+            layout.chosen[arm] = next(row["setting"] for row in trials[arm] if row["chosen"])
         waiting.clear()
 
     for arm, options in layout.arms():
@@ -165,7 +163,7 @@ def _tune(
             decide_waiting()
         waiting.append(arm)
     decide_waiting()
-    return chosen, trials
+    return trials
 
 
 def _judged(pairs: list[tuple[dict[str, Any], list[StageRun]]], folder: Path) -> list[dict[str, Any]]:

@@ -164,14 +164,14 @@ def render(template: str, messages: Sequence[Message], *, special: Mapping[str, 
     """
     from jinja2.exceptions import TemplateError
 
-    faults = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, SyntaxError)
-
+    wrong = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError, SyntaxError)
+    endless = (RecursionError, MemoryError)
     if len(template) > MAX_TEMPLATE_CHARACTERS:
         raise DataError(f"the chat template has {len(template)} characters, at most {MAX_TEMPLATE_CHARACTERS} are read")
     names = {f"{role}_token": token for role, token in special.items()}
     try:
         return _compiled(template).render(messages=list(messages), add_generation_prompt=answer, **names)
-    except (*faults, RecursionError, MemoryError) as error:
+    except (*wrong, *endless) as error:
         raise DataError(f"the chat template does not take these messages: {' '.join(str(error).split())}") from None
 
 

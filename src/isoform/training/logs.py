@@ -158,7 +158,7 @@ class RunLog:
             try:
                 tracker.close()
             except Exception as error:
-                self.event("tracker-dropped", tracker=type(tracker).__name__, reason=str(error))
+                self._dropped(tracker, error)
         self.flush()
         self.metrics.close()
         self.events.close()
@@ -170,7 +170,10 @@ class RunLog:
                 tracker.log(step, numbers)
             except Exception as error:  # a tracker is optional: nothing that it does may end a run
                 self.trackers.remove(tracker)
-                self.event("tracker-dropped", tracker=type(tracker).__name__, reason=str(error))
+                self._dropped(tracker, error)
+
+    def _dropped(self, tracker: Tracker, error: Exception) -> None:
+        self.event("tracker-dropped", tracker=type(tracker).__name__, reason=str(error))
 
 
 def forget_after(folder: Path, step: int) -> None:

@@ -30,6 +30,7 @@ from isoform.layers.recompute import recompute_blocks
 from isoform.models.depth import keep_layers
 from isoform.models.lora import active_adapter, base_fingerprint
 from isoform.models.trainable import train_only
+from isoform.objectives.fields import at_length
 from isoform.objectives.routing import with_routing
 from isoform.registry import build_options, component, lookup, names
 from isoform.storage import fingerprint
@@ -178,15 +179,15 @@ def prepare(
     others = other_models(config, objective) if for_training else {}
     if objective.helper is not None and for_training:
         objective.helper.join(others, model, config.seed)
+    lengths = {name: length for name, length in config.evaluate.max_tokens.items() if length is not None}
+    objectives: dict[str, Objective] = {name: at_length(objective, length) for name, length in lengths.items()}
     objective = with_routing(objective, model)
-    objectives = _objectives_of_splits(
-        config, objective, lambda length: objective_class(objective_options, tokenizer, length)
-    )
     datasets = _datasets(
         config,
         {name: source for name, source in splits.splits.items() if for_training or name != "train"},
         tokenizer,
         lambda split: objectives.get(split, objective),
+        lengths,
         model,
     )
     if adapter is not None and for_training:
@@ -272,31 +273,20 @@ def _check_ability(config: RunConfig, objective: Objective, model: Any, family_n
         )
 
 
-def _objectives_of_splits(
-    config: RunConfig, objective: Objective, of_length: Callable[[int], Objective]
-) -> dict[str, Objective]:
-    """The objective of each split that is scored at a length of its own, which cuts its texts and samples there."""
-    lengths = {name: length for name, length in config.evaluate.max_tokens.items() if length is not None}
-    made = {name: of_length(length) for name, length in lengths.items() if length != config.text.max_tokens}
-    for each in made.values():
-        each.helper = objective.helper
-    return made
-
-
 def _datasets(
     config: RunConfig,
     sources: dict[str, Source],
     tokenizer: TextTokenizer,
     objective_for: Callable[[str], Objective],
+    lengths: Mapping[str, int],
     model: Any,
 ) -> dict[str, Dataset]:
-    """Each split's token store, at its own length where `evaluate.max_tokens` names one.
+    """Each split's token store, at its own length where `lengths` (`evaluate.max_tokens`) names one.
 
     Raises: ConfigError where the model cannot tell so many positions apart.
     """
     position = getattr(model, "position", None)
     limit = model.max_positions if position is None else position.limit
-    lengths = {name: length for name, length in config.evaluate.max_tokens.items() if length is not None}
     for name, length in lengths.items():
         where = f"evaluate.max_tokens.{name}"
         if name not in sources or name == "train":
