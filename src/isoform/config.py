@@ -158,6 +158,8 @@ class TrainConfig(Section):
     # also saved at evaluations that improve, at the end, and on a signal
     keep_checkpoints: Positive = 2
     # full training states kept on disk
+    step_minutes: float | None = Field(60.0, gt=0)
+    # a step that takes longer hangs: the run is ended, with what it was doing in its folder; null: wait for ever
     evaluate_every_steps: Positive | None = None
     evaluate_every_epochs: float | None = Field(None, gt=0)
     # null, null: only at the end

@@ -38,6 +38,7 @@ BOOKKEEPING = {
     "train.checkpoint_every_seconds",
     "train.keep_checkpoints",
     "train.log_every_steps",
+    "train.step_minutes",
     "evaluate.splits",
     "evaluate.metrics",
     "evaluate.batch_tokens",

@@ -1,13 +1,21 @@
-"""Signals become a stop after the step, with everything saved."""
+"""What ends a run from outside: signals, after the step and with everything saved, and a step that never ends."""
 
 from __future__ import annotations
 
+import faulthandler
+import os
 import signal
+import sys
 import threading
+import time
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from isoform.errors import Stopped
+from isoform.errors import HangError, Stopped
+
+# How often a step's time is looked at, where the limit is long.
+LOOK_SECONDS = 5.0
 
 
 class Interrupts:
@@ -36,3 +44,54 @@ class Interrupts:
         """The error to raise once `what` has been saved."""
         assert self.requested is not None
         return Stopped(f"{what}; the same command with --resume goes on from there", 128 + self.requested)
+
+
+class Watch:
+    """While active, ends the process with the code of a HangError once a step takes longer than `minutes`.
+
+    A step that waits for another rank or for a dead disk would wait for ever, and no exception can reach it there; what
+    each thread was doing is written to `stacks-RANK.txt` in the run's folder first. minutes: None: never.
+    """
+
+    def __init__(self, folder: Path, minutes: float | None, rank: int = 0) -> None:
+        self.file = folder / f"stacks-{rank}.txt"
+        self.seconds = None if minutes is None else 60 * minutes
+        self._running: tuple[int, float] | None = None
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="isoform-watch", daemon=True)
+
+    def __enter__(self) -> Watch:
+        if self.seconds is not None:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        if self.seconds is not None:
+            self._thread.join()
+
+    def step(self, number: int) -> None:
+        """The step of this number begins, and the one before it is done."""
+        self._running = (number, time.monotonic())
+
+    def rest(self) -> None:
+        """What comes now may take as long as it likes."""
+        self._running = None
+
+    def _look(self) -> None:
+        assert self.seconds is not None
+        while not self._over.wait(min(LOOK_SECONDS, self.seconds / 4)):
+            running = self._running
+            if running is not None and time.monotonic() - running[1] > self.seconds:
+                self._end(running[0])
+
+    def _end(self, number: int) -> None:
+        assert self.seconds is not None
+        error = HangError(
+            f"step {number} has not ended in {self.seconds / 60:g} minutes (train.step_minutes); what each thread was "
+            f"doing is in {self.file}; the last checkpoint is whole, --resume goes on from there"
+        )
+        with self.file.open("w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        print(f"isoform: {error}", file=sys.stderr, flush=True)
+        os._exit(error.exit_code)

@@ -31,7 +31,7 @@ from isoform.evaluation.evaluate import Evaluation
 from isoform.layers.compiled import plainly
 from isoform.registry import lookup
 from isoform.training.feed import Feed, GlobalStep
-from isoform.training.guards import Interrupts
+from isoform.training.guards import Interrupts, Watch
 from isoform.training.logs import RunLog
 from isoform.training.prepare import Prepared
 from isoform.training.progress import Progress
@@ -114,14 +114,18 @@ class Loop:
         before = float(self.state.scalars.get("seconds", 0.0))
         self.module.train()
         assert self.run.batch_plan is not None
-        with Interrupts() as interrupts, self.writer:
+        watch = Watch(self.folder, self.train.step_minutes, self.accelerator.process_index)
+        with Interrupts() as interrupts, watch, self.writer:
+            watch.step(self.state.step + 1)
             for step in self.feed.ahead(self.state.step, self.run.num_steps):
                 began = time.monotonic()
                 totals, counts = self._update(step)
                 self.state.step = step.step + 1
                 self.state.tokens += round(counts["loss"] if "loss" in counts else sum(_lost(counts).values()))
                 self._log(step, totals, counts, time.monotonic() - began)
+                watch.rest()
                 improved = self._evaluate_if_due()
+                watch.step(self.state.step + 1)
                 self.state.scalars["seconds"] = before + time.monotonic() - started
                 if interrupts.requested is not None:
                     self._save()

@@ -59,6 +59,7 @@ FREE = {
     "train.checkpoint_every_seconds",
     "train.keep_checkpoints",
     "train.log_every_steps",
+    "train.step_minutes",
     "evaluate.max_predictions",
     "evaluate.train_examples",
 }
