@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import isoform
-from isoform.checkpoints import ggml
+from isoform.checkpoints import ggml, tensors
 from isoform.checkpoints import gguf as reading
 from isoform.checkpoints.doctor import examine
 from isoform.checkpoints.folders import load_model
@@ -238,7 +238,11 @@ def test_what_is_not_read_is_refused_by_name(write: Write, tmp_path: Path) -> No
     def stranger(writer: GGUFWriter) -> None:
         writer.add_tensor("blk.0.attn_sinks.weight", np.zeros(4, np.float32))
 
+    def steeper(writer: GGUFWriter) -> None:
+        writer.add_float32("llama.rope.scaling.attn_factor", 1.25)
+
     cases: list[tuple[dict[str, Any], str]] = [
+        ({"change": steeper}, r"the metadata llama.rope.scaling.attn_factor \(1.25\) is not read"),
         ({"change": experts}, "a mixture of experts is not read from GGUF"),
         ({"change": longrope}, "llama.rope.scaling.type 'longrope' is not read"),
         ({"change": windowed}, r"the metadata llama.attention.sliding_window \(64\) is not read"),
@@ -273,11 +277,20 @@ def test_a_damaged_file_is_named(write: Write) -> None:
         load_model(path)
 
 
+def test_metadata_that_changes_nothing_is_no_reason_to_refuse(write: Write, equal_tensors: Any) -> None:
+    def neutral(writer: GGUFWriter) -> None:
+        writer.add_float32("llama.rope.scaling.attn_factor", 1.0)
+        writer.add_bool("llama.attention.causal", True)
+
+    path, ours = write(change=neutral)
+    equal_tensors(load_model(path).model.state_dict(), ours.state_dict())
+
+
 def test_slow_reading_is_told(write: Write, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     path, _ = write()
     load_model(path)
     assert "reading" not in capsys.readouterr().err
-    monkeypatch.setattr(reading, "PATIENCE_SECONDS", -1)
+    monkeypatch.setattr(tensors, "PATIENCE_SECONDS", -1)
     load_model(path)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0].startswith("reading tiny.gguf: 0 of 21 tensors")

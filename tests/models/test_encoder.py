@@ -261,6 +261,11 @@ def test_a_misshapen_part_is_named() -> None:
         ("distilbert", {"activation": "mish"}, "activation 'mish' is not known"),
         ("modernbert", {"norm_bias": True}, "norm_bias is True"),
         ("modernbert", {"hidden_activation": "silu"}, "hidden_activation is 'silu'"),
+        (
+            "modernbert",
+            {"rope_parameters": {"full_attention": {"rope_theta": None}}},
+            "global_rope_theta or .*: None, a number is expected",
+        ),
         ("modernbert", {"layer_types": ["sliding_attention"] * 4}, "layer_types: full_attention in the first layer"),
         ("modernbert", {"rope_scaling": {"type": "linear"}}, "rope_parameters.full_attention.rope_type is 'linear'"),
         ("bert", {"pruned_heads": {"0": [1]}}, "pruned_heads is"),

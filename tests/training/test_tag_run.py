@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -124,6 +125,8 @@ def test_a_tagger_is_tuned_further_and_taught(folder: Path, tmp_path: Path) -> N
     """In its own order of tags; and its first layer alone, by what the whole says of each word."""
     path = write(tmp_path / "more.jsonl", sentences(60, seed=3))
     again = prepare(tiny(path, model={"from": str(folder)}))
+    whole = open_model(shutil.copytree(folder / "final", tmp_path / "elsewhere"))
+    assert whole.config.text.max_tokens == 24, "a folder alone knows how long its sentences were"
     theirs = isoform.load(folder).model.state_dict()
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in again.model.state_dict().items())
     objective = {"kind": "distill", "teacher": str(folder), "of": {"kind": "tag"}, "hidden": {}, "store": True}

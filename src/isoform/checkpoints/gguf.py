@@ -10,8 +10,6 @@ package reads the container.
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ import torch
 from torch import Tensor
 
 from isoform.checkpoints import ggml
+from isoform.checkpoints.tensors import Progress
 from isoform.errors import CheckpointError, DataError
 from isoform.layers.position import inverse_frequencies
 from isoform.layers.rope_scaling import Llama3
@@ -80,8 +79,8 @@ READ = frozenset(
     rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned
     """.split()  # noqa: SIM905
 )
-# A line is shown where reading takes longer, and again as often.
-PATIENCE_SECONDS = 3.0
+# What changes nothing at this value, though it is switched on.
+NEUTRAL = {"rope.scaling.attn_factor": 1.0, "attention.causal": True}
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +132,8 @@ def _refuse_unread(path: Path, fields: Mapping[str, Any], architecture: str) -> 
     """Raises: CheckpointError for what is switched on and would change what the model computes."""
     for name, value in fields.items():
         kind, _, rest = name.partition(".")
-        if kind == architecture and rest not in READ and value not in (0, False, "", None):
+        neutral = (0, False, "", None, NEUTRAL.get(rest))
+        if kind == architecture and rest not in READ and value not in neutral:
             raise CheckpointError(
                 f"{path}: the metadata {name} ({value!r}) is not read; take the model's Hugging Face folder"
             )
@@ -334,24 +334,3 @@ def _tokenizer(path: Path, fields: Mapping[str, Any]) -> tuple[TextTokenizer | N
         raise CheckpointError(f"{path}: the tokenizer cannot be read: {error}") from None
     tokenizer.chat_template = fields.get("tokenizer.chat_template")
     return tokenizer, None
-
-
-class Progress:
-    """Lines on standard error while a file is read, once it takes longer than a few seconds."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.began = self.shown = time.monotonic()
-
-    def at(self, number: int, of: int) -> None:
-        """So many tensors of all are read."""
-        now = time.monotonic()
-        if now - self.shown > PATIENCE_SECONDS:
-            self.shown = now
-            print(f"reading {self.path.name}: {number} of {of} tensors, {now - self.began:.0f} s", file=sys.stderr)
-
-    def done(self) -> None:
-        """Everything is read."""
-        if self.shown > self.began:
-            seconds = time.monotonic() - self.began
-            print(f"reading {self.path.name}: done in {seconds:.0f} s", file=sys.stderr)

@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor
 
 from isoform import storage
@@ -26,6 +28,8 @@ INDEX = "model.safetensors.index.json"
 MAX_SHARD_BYTES = 5_000_000_000
 MAX_HEADER_BYTES = 10_000_000
 MAX_TENSORS = 50_000
+# A line is shown where reading takes longer, and again as often.
+PATIENCE_SECONDS = 3.0
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}\.safetensors")
 
 _DTYPES = {
@@ -122,8 +126,14 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, .
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one checked file, on the host. Raises: CheckpointError."""
-    read_header(path)
-    tensors: dict[str, Tensor] = load_file(path)
+    names = read_header(path)
+    progress = Progress(path)
+    tensors: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt") as file:
+        for name in names:
+            progress.at(len(tensors), len(names))
+            tensors[name] = file.get_tensor(name)
+    progress.done()
     return tensors
 
 
@@ -209,3 +219,24 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: damaged or no safetensors file: {what}; restore the file or fetch it again")
+
+
+class Progress:
+    """Lines on standard error while a file is read, once it takes longer than a few seconds."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.began = self.shown = time.monotonic()
+
+    def at(self, number: int, of: int) -> None:
+        """So many tensors of all are read."""
+        now = time.monotonic()
+        if now - self.shown > PATIENCE_SECONDS:
+            self.shown = now
+            print(f"reading {self.path.name}: {number} of {of} tensors, {now - self.began:.0f} s", file=sys.stderr)
+
+    def done(self) -> None:
+        """Everything is read."""
+        if self.shown > self.began:
+            seconds = time.monotonic() - self.began
+            print(f"reading {self.path.name}: done in {seconds:.0f} s", file=sys.stderr)

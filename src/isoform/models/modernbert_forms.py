@@ -103,14 +103,17 @@ def _global_every(given: Mapping[str, Any]) -> int:
 
 
 def _base(given: Mapping[str, Any], kind: str, old: str, default: float) -> float:
-    """RoPE's base in one kind of layer. Raises: ConfigError where the angles are scaled."""
+    """RoPE's base in one kind of layer. Raises: ConfigError where the angles are scaled or it is no number."""
     rope = {**((given.get("rope_parameters") or {}).get(kind) or {}), **(given.get("rope_scaling") or {})}
     scalings = {rope.get("rope_type", "default"), rope.get("type", "default")} - {"default"}
     if scalings:
         raise ConfigError(f"config.json: rope_parameters.{kind}.rope_type is {scalings.pop()!r}, 'default' is expected")
     base = rope.get("rope_theta", given.get(old, default))
-    # In old folders null stood for the base of the other layers.
-    return _base(given, GLOBAL, "global_rope_theta", 160_000.0) if base is None and kind == LOCAL else float(base)
+    if base is None and kind == LOCAL:  # in old folders null stood for the base of the other layers
+        return _base(given, GLOBAL, "global_rope_theta", 160_000.0)
+    if type(base) not in (int, float):
+        raise ConfigError(f"config.json: {old} or rope_parameters.{kind}.rope_theta: {base!r}, a number is expected")
+    return float(base)
 
 
 # ------------------------------------------------------------------------------------------------------------- tensors

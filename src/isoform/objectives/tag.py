@@ -127,8 +127,10 @@ class Tag(Edged):
         if has is not None and not self.config.new_head:
             if has.labels != self.labels:
                 raise ConfigError(f"model.classifier.labels: {has.labels} given, {self.labels} is expected")
+            read = has.model_copy(update={"max_tokens": self.max_tokens})
+            model.config = model.config.model_copy(update={"classifier": read})
             return model
-        wanted = Classifier(labels=self.labels, pooling="none")
+        wanted = Classifier(labels=self.labels, pooling="none", max_tokens=self.max_tokens)
         rate = self.config.dropout
         shape: heads.Shape = type(model).classifier_shape.of(wanted)
         dropout = shape.dropout(model.config) if rate is None else rate
