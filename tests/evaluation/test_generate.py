@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from isoform.contracts import Output, Prompt
 from isoform.evaluation.generate import Sampling, choose_token, generate, generate_stream, text_stream
@@ -131,6 +132,21 @@ def test_draws_follow_the_kept_distribution(logits, temperature, top_k, top_p) -
     drawn = np.bincount([choose_token(z, sampling, u) for u in grid[::8]], minlength=len(p)) / 500
     assert np.abs(drawn - kept).max() <= 2 / 500 + 1e-9
     assert not drawn[kept == 0].any()
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 1.6])
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, None), (5, None), (None, 0.8), (12, 0.6), (40, 0.95)])
+def test_draws_follow_the_distribution_of_transformers(temperature, top_k, top_p) -> None:
+    z = np.random.default_rng(3).normal(scale=2.0, size=30)
+    scores = TemperatureLogitsWarper(temperature)(None, torch.from_numpy(z)[None])
+    scores = scores if top_k is None else TopKLogitsWarper(top_k)(None, scores)
+    scores = scores if top_p is None else TopPLogitsWarper(top_p)(None, scores)
+    theirs = scores[0].softmax(-1).numpy()
+    sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    drawn = [choose_token(z, sampling, u) for u in (np.arange(5000) + 0.5) / 5000]
+    ours = np.bincount(drawn, minlength=len(z)) / 5000
+    assert np.abs(ours - theirs).max() <= 1 / 5000 + 1e-9
+    assert not ours[theirs == 0].any()
 
 
 @pytest.mark.parametrize("options", [{"temperature": -1}, {"top_k": 0}, {"top_p": 0}, {"top_p": 1.5}, {"beams": 2}])

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.bloom.modeling_bloom import build_alibi_tensor
 from transformers.models.gpt_neox import modeling_gpt_neox as neox
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -89,6 +90,19 @@ def test_slopes_are_those_of_the_paper() -> None:
     assert alibi_slopes(8) == [2.0**-i for i in range(1, 9)]
     assert alibi_slopes(6) == [2.0**-2, 2.0**-4, 2.0**-6, 2.0**-8, 2.0**-1, 2.0**-3]
     assert len(alibi_slopes(1)) == 1
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3, 8, 12, 20])
+def test_alibi_equals_transformers(heads: int) -> None:
+    """BLOOM leaves out what is the same for all keys of a query, and so the softmax of it: here as weights."""
+    length = 9
+    scores = torch.randn(heads, length, length)
+    ours = scores - torch.tensor(alibi_slopes(heads))[:, None, None] * (
+        torch.arange(length)[:, None] - torch.arange(length)
+    )
+    theirs = scores + build_alibi_tensor(torch.ones(1, length), heads, torch.float32)
+    past = torch.ones(length, length).tril().bool()
+    torch.testing.assert_close(*(s.masked_fill(~past, -torch.inf).softmax(-1) for s in (ours, theirs)))
 
 
 def test_waves() -> None:
