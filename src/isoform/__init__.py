@@ -65,11 +65,14 @@ def study(
     *,
     set: Sequence[str] = (),
     seeds: int | None = None,
+    arms: Sequence[str] | None = None,
     jobs: int | None = None,
     out: str | Path | None = None,
     quiet: bool = True,
 ) -> dict[str, Any]:
     """Trains every arm at every seed, audits, compares and reports; goes on where an interrupted study was.
+
+    seeds, arms: how many, and which; None: as the study says. More of either may be asked for later.
 
     Returns: {arms, questions: [{pair, metric, split, difference, low, high, p, p_adjusted, verdict}], audit, ...}.
     Raises: ConfigError, DataError, AuditError, Stopped.
@@ -82,8 +85,10 @@ def study(
     if jobs is not None:
         values["jobs"] = jobs
     folder = _folder(out, str(values.get("name", "study")))
-    command = _command("study", config, set, seeds, folder)
-    results = carry_out(values, folder, command=command, quiet=quiet, say=(lambda line: None) if quiet else _say)
+    command = _command("study", config, set, seeds, folder, arms or [])
+    results = carry_out(
+        values, folder, arms=arms, command=command, quiet=quiet, say=(lambda line: None) if quiet else _say
+    )
     return {**results, "folder": str(folder)}
 
 
@@ -94,7 +99,9 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _command(verb: str, config: Config, settings: Sequence[str], seeds: int | None, folder: Path) -> str:
+def _command(
+    verb: str, config: Config, settings: Sequence[str], seeds: int | None, folder: Path, arms: Sequence[str] = ()
+) -> str:
     """The command line that asks for the same."""
     import shlex
 
@@ -102,6 +109,7 @@ def _command(verb: str, config: Config, settings: Sequence[str], seeds: int | No
     for setting in settings:
         words += ["--set", setting]
     words += ["--seeds", str(seeds)] if seeds is not None else []
+    words += ["--arms", ",".join(arms)] if arms else []
     return shlex.join([*words, "--out", str(folder)])
 
 
@@ -235,17 +243,24 @@ def load(path: str | Path, *, base: str | Path | None = None) -> LoadedModel:
     return load_model(path, base=base)
 
 
-def plan(config: Config, *, set: Sequence[str] = (), seeds: int | None = None, attempt: bool = False) -> dict[str, Any]:
+def plan(
+    config: Config,
+    *,
+    set: Sequence[str] = (),
+    seeds: int | None = None,
+    arms: Sequence[str] | None = None,
+    attempt: bool = False,
+) -> dict[str, Any]:
     """What a run or study will take: parameters, FLOPs, memory, disk, time, the rate's curve, warnings.
 
-    attempt: also make one real step, evaluation, save and reload (`--try`).
+    seeds, arms: of a study, as there. attempt: also make one real step, evaluation, save and reload (`--try`).
     """
     from isoform.studies.forecast import forecast
 
     values = _values(config, set, arms=None)
     if seeds is not None:
         values["seeds"] = seeds
-    return forecast(values, attempt=attempt)
+    return forecast(values, arms=arms, attempt=attempt)
 
 
 def bench(config: Config | None = None, *, set: Sequence[str] = (), seconds: float = 10.0) -> dict[str, Any]:

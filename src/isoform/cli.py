@@ -51,6 +51,7 @@ def study(
     config: Recipe,
     settings: Settings = None,
     seeds: Annotated[int | None, typer.Option(min=1, help="Number of seeds of every arm.")] = None,
+    arms: Annotated[str | None, typer.Option(help="Some of its arms, now: a,b; more may be asked for later.")] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs side by side, each with a share of the cores.")] = None,
     out: Out = None,
     as_json: Json = False,
@@ -59,7 +60,8 @@ def study(
     import isoform
     from isoform.studies.terminal import print_study
 
-    values = isoform.study(config, set=settings or [], seeds=seeds, jobs=jobs, out=out, quiet=as_json)
+    some = arms.split(",") if arms else None
+    values = isoform.study(config, set=settings or [], seeds=seeds, arms=some, jobs=jobs, out=out, quiet=as_json)
     if as_json:
         _print_json(values)
         return
@@ -208,6 +210,7 @@ def plan(
     config: Recipe,
     settings: Settings = None,
     seeds: Annotated[int | None, typer.Option(min=1)] = None,
+    arms: Annotated[str | None, typer.Option(help="Of a study, these alone: a,b")] = None,
     attempt: Annotated[bool, typer.Option("--try", help="Also one real step, evaluation, save and reload.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -215,7 +218,8 @@ def plan(
     import isoform
     from isoform.studies.listings import print_plan
 
-    values = isoform.plan(config, set=settings or [], seeds=seeds, attempt=attempt)
+    some = arms.split(",") if arms else None
+    values = isoform.plan(config, set=settings or [], seeds=seeds, arms=some, attempt=attempt)
     _print_json(values) if as_json else print_plan(values, _console())
 
 

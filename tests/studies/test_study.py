@@ -77,6 +77,33 @@ def test_what_is_done_is_not_done_again_and_a_stopped_study_goes_on(values, tmp_
     assert len(calls) == 13, "a further seed adds its own four runs alone"
 
 
+def test_some_arms_now_and_the_others_later(values, tmp_path, monkeypatch):
+    calls: list[str] = []
+
+    def counted(config, folder, **options):
+        calls.append(config.name)
+        return train(config, folder, **options)
+
+    monkeypatch.setattr(workers, "train", counted)
+    values["published"] = [{"arm": name, "metric": "loss", "value": 1.0} for name in values["arms"]]
+    some = study(values, tmp_path / "out", arms=["faster", "pretrained"], quiet=True)
+    assert [arm["name"] for arm in some["arms"]] == ["pretrained", "faster"], "in the order of the study"
+    assert [question["pair"] for question in some["questions"]] == [["pretrained", "faster"]]
+    assert [row["arm"] for row in some["published"]] == ["pretrained", "faster"]
+    assert len(calls) == 6
+    record = read_json(tmp_path / "out" / "manifest.json")
+    said: list[str] = []
+    whole = study(values, tmp_path / "out", quiet=True, say=said.append)
+    assert len(calls) == 8, "what the two had made is kept"
+    assert len(whole["questions"]) == 2 and not any("another study" in line for line in said)
+    kept = read_json(tmp_path / "out" / "manifest.json")
+    assert {name: kept[name] for name in ("started", "kernels")} == {
+        name: record[name] for name in ("started", "kernels")
+    }
+    with pytest.raises(ConfigError, match=r"--arms: 'fastest' is no arm \(did you mean 'faster'\?\); known: scratch"):
+        study(values, tmp_path / "out", arms=["fastest"], quiet=True)
+
+
 def test_seeds_differ_and_are_shared_by_arms(values, tmp_path):
     results = study(values, tmp_path / "out", quiet=True)
     scores = {

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from isoform import machine
 from isoform.config import RunConfig, run_config, study_config
+from isoform.errors import ConfigError
 from isoform.layers import choice
 from isoform.reading import is_study
 from isoform.storage import free_bytes
@@ -22,17 +24,20 @@ from isoform.training.plan import plan_config
 from isoform.training.run import sources_fingerprint, train
 
 
-def forecast(values: dict[str, Any], *, attempt: bool = False) -> dict[str, Any]:
+def forecast(values: dict[str, Any], *, arms: Sequence[str] | None = None, attempt: bool = False) -> dict[str, Any]:
     """{name, stages: [plan of each distinct stage and how often it runs], seconds_total, disk_bytes, warnings, ...}."""
     if not is_study(values):
+        if arms is not None:
+            raise ConfigError("--arms: this is a single run, which has none")
         config = run_config(values)
         reason = why_on_paper(config)
         plan = plan_config(config) if reason is None else plan_on_paper(config, reason)
         stage = {"name": config.name, "runs": 1, **plan}
         return _total(config.name, [stage], [], attempt=_attempt(config) if attempt else None)
-    study = study_config(values)
+    whole = study_config(values)
+    study = whole if arms is None else whole.only(arms)
     wanted = {**study.base.get("train", {})}.get("precision", "auto")
-    device, shapes = machine.choose_device(), shapes_of(study)
+    device, shapes = machine.choose_device(), shapes_of(whole)
     precision = choice.choose_precision(wanted, device, shapes)
     kernels = choice.choose(precision, device, shapes=shapes)["native"]
     seeds = list(range(study.seed, study.seed + study.seeds))

@@ -37,18 +37,23 @@ def study(
     values: dict[str, Any],
     folder: Path,
     *,
+    arms: Sequence[str] | None = None,
     command: str = "",
     quiet: bool = False,
     say: Say = lambda line: None,
 ) -> dict[str, Any]:
     """Carries the study out in `folder` and returns its results; a study that was stopped goes on where it was.
 
+    arms: those that are carried out now; None: all. What they made is kept when more are asked for.
+
     Raises: ConfigError, DataError, AuditError (exit 10, before anything is trained where that can be known), Stopped.
     """
-    config = study_config(values)
+    whole = study_config(values)
+    config = whole if arms is None else whole.only(arms)
     with locked(folder):
         began = time.monotonic()
-        record = _record(folder, config, command, say)
+        record = _record(folder, whole, command, say)
+        _write_study(folder, config)
         layout = Layout(
             config,
             list(range(config.seed, config.seed + config.seeds)),
@@ -80,18 +85,22 @@ def study(
 
 
 def _record(folder: Path, config: StudyConfig, command: str, say: Say) -> dict[str, Any]:
-    """The study's manifest: precision, kernels and machine are chosen once and kept by every resume.
+    """The study's manifest: precision, kernels and machine are chosen once, for all of its arms, and kept by every
+    resume, with more seeds or arms too.
 
     Raises: ConfigError where the kernels that it was begun with are not here.
     """
     path = folder / "manifest.json"
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
-    key = fingerprint(config.model_dump(mode="json", exclude={"jobs"}))
+    key = fingerprint(config.model_dump(mode="json", exclude={"jobs", "seeds"}))
     if path.exists():
         record: dict[str, Any] = read_json(path)
         if record["fingerprint"] == key:
             device = machine.choose_device()
-            return {**record, "kernels": choice.choose(record["precision"], device, record.get("kernels"))}
+            return {
+                **record,
+                "command": command,
+                "kernels": choice.choose(record["precision"], device, record.get("kernels")),
+            }
         say(
             f"{folder} holds another study, or an earlier form of this one: its results and report are written anew, "
             "finished stages that this one shares are kept"
@@ -112,9 +121,13 @@ def _record(folder: Path, config: StudyConfig, command: str, say: Say) -> dict[s
         "started": _now(),
         "seconds": 0.0,
     }
-    write_text(folder / "study.yaml", text)
     write_json(path, record)
     return record
+
+
+def _write_study(folder: Path, config: StudyConfig) -> None:
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=110)
+    write_text(folder / "study.yaml", text)
 
 
 def shapes_of(study: StudyConfig) -> list[Shape]:
