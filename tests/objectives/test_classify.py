@@ -15,6 +15,7 @@ from isoform.errors import ConfigError, DataError
 from isoform.models.bert import Bert
 from isoform.models.heads import Classifier
 from isoform.objectives.classify import Classify
+from isoform.objectives.fields import cut_to_fit
 from isoform.training.step import LossModule, accumulate
 
 LABELS = ["neg", "pos", "so-so"]
@@ -179,3 +180,19 @@ def test_of_several_labels_one_alone_may_be_told_from_none() -> None:
     assert Classify.settled(Classify.Config(task="multi-label"), train, None).labels == ["toxic"]
     with pytest.raises(DataError, match="one label only"):
         Classify.settled(Classify.Config(), train[:1], None)
+
+
+@pytest.mark.parametrize(
+    ("keep", "one", "pair"),
+    [
+        ("start", [0, 1, 2, 3, 4, 5, 6, 7], [[0, 1, 2, 3, 4], [50, 51, 52]]),
+        ("end", [12, 13, 14, 15, 16, 17, 18, 19], [[15, 16, 17, 18, 19], [50, 51, 52]]),
+        ("ends", [0, 1, 14, 15, 16, 17, 18, 19], [[0, 16, 17, 18, 19], [50, 51, 52]]),
+    ],
+)
+def test_what_is_kept_of_a_text_that_is_too_long(keep, one, pair) -> None:
+    long, short = np.arange(20, dtype=np.int32), np.arange(50, 53, dtype=np.int32)
+    assert [part.tolist() for part in cut_to_fit([long], 8, keep)] == [one]
+    assert [part.tolist() for part in cut_to_fit([long, short], 8, keep)] == pair
+    assert [part.tolist() for part in cut_to_fit([short, long], 8, keep)] == pair[::-1]
+    assert cut_to_fit([short], 8, keep)[0] is short

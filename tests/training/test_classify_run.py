@@ -271,6 +271,24 @@ def test_a_folder_knows_its_second_column_and_its_length(tmp_path: Path) -> None
     assert moved.config.text.max_tokens == 24
 
 
+def test_a_folder_knows_which_part_of_a_long_text_was_read(tmp_path: Path) -> None:
+    """What says the label stands at the end, behind more than is read."""
+    ends = {"good": "well", "bad": "badly"}
+    labels = random.Random(0).sample(["good", "bad"] * 80, 160)
+    texts = [(f"{i} {'and so it went on ' * 9}{ends[label]} done", label) for i, label in enumerate(labels)]
+    path = write_csv(tmp_path / "long.csv", ["text", "label"], texts)
+    learnt = {}
+    for keep in ("start", "end", "ends"):
+        run = train(tiny(path, objective={"keep": keep}), tmp_path / keep, quiet=True)
+        learnt[keep] = next(row["value"] for row in run.rows if row["metric"] == "accuracy")
+        opened = open_model(run.folder / "final", precision="fp32")
+        assert opened.objective.config.keep == keep
+        asked = read_inputs(opened, write_csv(tmp_path / "asked.csv", ["text"], [(text,) for text, _ in texts[:20]]))
+        right = [row.answer == label for row, (_, label) in zip(predict(opened, asked), texts, strict=False)]
+        assert all(right) is (keep != "start")
+    assert learnt["start"] < 0.8 and learnt["end"] == learnt["ends"] == 1.0
+
+
 def test_all_of_a_file_is_answered_however_little_was_trained_on(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "my.csv", ["text", "label"], rows(60))
     run = train(tiny(path, data={"max_documents": 40}, train={"max_steps": 2}), tmp_path / "run", quiet=True)

@@ -31,6 +31,7 @@ from isoform.registry import Options
 
 Task = Literal["single-label", "multi-label", "regression"]
 Pooling = Literal["cls", "mean", "last", "none"]
+Keep = Literal["start", "end", "ends"]
 # Ours -> `problem_type` of config.json.
 PROBLEMS: dict[Task, str] = {
     "single-label": "single_label_classification",
@@ -55,6 +56,8 @@ class Classifier(Options):
     # column of the second text that it was trained on; None: one text
     max_tokens: int | None = None
     # to which texts were cut
+    keep: Keep = "start"
+    # what was read of texts that were cut: their start, their end, or both ends
 
     @model_validator(mode="after")
     def _distinct(self) -> Self:

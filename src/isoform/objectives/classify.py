@@ -27,7 +27,7 @@ from isoform.contracts import (
 )
 from isoform.errors import ConfigError, DataError
 from isoform.models import heads
-from isoform.models.heads import Classifier, Pooling, Task
+from isoform.models.heads import Classifier, Keep, Pooling, Task
 from isoform.objectives.fields import Edged, cut_to_fit, needed, place, required_text, tokens_of
 from isoform.registry import Options, nearest, register
 
@@ -53,9 +53,11 @@ class Classify(Edged):
 
     z `(c,)`: scores of the c labels from the model's classifier; y: the label, one 0 or 1 a label, or the number.
     Labels are names: those of the training split in sorted order, or those that the model was trained with, in its
-    order. A long text is cut off at its end, of a pair the longer text first, unless `data.long_documents` refuses it.
+    order. Of a text that is too long `keep` is read, of a pair the longer text is shortened first, unless
+    `data.long_documents` refuses it.
 
-    Source: HF `*ForSequenceClassification`. Differs: RoBERTa's pairs have one END between them, as all others.
+    Source of `keep: ends`: Sun et al. 2019, who found it best on film reviews. Source of the rest: HF
+    `*ForSequenceClassification`. Differs: RoBERTa's pairs have one END between them, as all others.
     """
 
     class Config(Options):
@@ -73,6 +75,8 @@ class Classify(Edged):
         # cls | mean | last: what stands for the text; null: the model's, else its family's own
         dropout: float | None = None
         # before the scores; null: the family's own
+        keep: Keep = "start"
+        # start | end | ends: what is read of a text that is too long; ends: a quarter from its start, the rest its end
         edges: bool | None = None
         # whether special tokens stand around each text; null: where the tokenizer has them
         new_head: bool = False
@@ -141,7 +145,8 @@ class Classify(Edged):
         if has is not None and not self.config.new_head:
             if has.labels != self.labels:
                 raise ConfigError(f"model.classifier.labels: {has.labels} given, {self.labels} is expected")
-            read = has.model_copy(update={"second": self.config.second, "max_tokens": self.max_tokens})
+            how = {"second": self.config.second, "max_tokens": self.max_tokens, "keep": self.config.keep}
+            read = has.model_copy(update=how)
             model.config = model.config.model_copy(update={"classifier": read})
             return model
         shape: heads.Shape = type(model).classifier_shape
@@ -153,6 +158,7 @@ class Classify(Edged):
             dropout=shape.dropout(model.config) if rate is None else rate,
             second=self.config.second,
             max_tokens=self.max_tokens,
+            keep=self.config.keep,
         )
         return heads.attach(model, wanted, seed)
 
@@ -183,7 +189,7 @@ class Classify(Edged):
 
     def view(self, encoded: Encoded) -> Sample:
         """What the model reads of a text or a pair, without its label."""
-        parts = cut_to_fit([encoded.fields[field] for field in self.inputs], self._room)
+        parts = cut_to_fit([encoded.fields[field] for field in self.inputs], self._room, self.config.keep)
         pieces = [tokens_of(part, self.end) for part in parts]
         pieces[0] = tokens_of(self.begin, pieces[0])
         which = np.concatenate([np.full(len(piece), at, dtype=np.int32) for at, piece in enumerate(pieces)])

@@ -10,6 +10,7 @@ import numpy as np
 
 from isoform.contracts import Document, Encoded, IntArray, Tokenizer
 from isoform.errors import ConfigError, DataError
+from isoform.models.heads import Keep
 from isoform.registry import nearest
 
 # What begins and ends a text that is read from both sides: the first of these roles that the tokenizer has.
@@ -118,13 +119,20 @@ def tokens_of(*pieces: IntArray | Sequence[int] | int) -> IntArray:
     )
 
 
-def cut_to_fit(parts: Sequence[IntArray], room: int) -> list[IntArray]:
-    """The beginnings of one or two texts that fit together, the longer one shortened first."""
+def cut_to_fit(parts: Sequence[IntArray], room: int, keep: Keep = "start") -> list[IntArray]:
+    """What is kept of one or two texts that must fit together, the longer one shortened first."""
     if len(parts) == 1:
-        return [parts[0][:room]]
+        return [_shortened(parts[0], room, keep)]
     first, second = parts
     if len(first) + len(second) <= room:
         return [first, second]
     shorter = min(len(first), len(second), room // 2)
-    longer = room - shorter
-    return [first[:longer], second[:shorter]] if len(first) >= len(second) else [first[:shorter], second[:longer]]
+    rooms = (room - shorter, shorter) if len(first) >= len(second) else (shorter, room - shorter)
+    return [_shortened(part, length, keep) for part, length in zip(parts, rooms, strict=True)]
+
+
+def _shortened(ids: IntArray, length: int, keep: Keep) -> IntArray:
+    if len(ids) <= length:
+        return ids
+    head = {"start": length, "end": 0, "ends": length // 4}[keep]
+    return np.concatenate([ids[:head], ids[len(ids) - (length - head) :]])

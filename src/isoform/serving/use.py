@@ -95,7 +95,7 @@ def open_model(
         classifier = getattr(loaded.config, "classifier", None)
         if classifier is not None:
             objective_section = {"kind": "classify", "task": classifier.task, "labels": list(classifier.labels)}
-            objective_section |= {"second": classifier.second}
+            objective_section |= {"second": classifier.second, "keep": classifier.keep}
             limit = max_tokens or classifier.max_tokens or limit
             if classifier.pooling == "none":
                 objective_section = {"kind": "tag", "labels": list(classifier.labels)}
