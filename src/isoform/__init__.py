@@ -73,6 +73,7 @@ def study(
     """Trains every arm at every seed, audits, compares and reports; goes on where an interrupted study was.
 
     seeds, arms: how many, and which; None: as the study says. More of either may be asked for later.
+    A step that takes longer than `train.step_minutes` ends the process, with the exit code 9; null waits for ever.
 
     Returns: {arms, questions: [{pair, metric, split, difference, low, high, p, p_adjusted, verdict}], audit, ...}.
     Raises: ConfigError, DataError, AuditError, Stopped.

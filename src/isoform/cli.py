@@ -60,7 +60,7 @@ def study(
     import isoform
     from isoform.studies.terminal import print_study
 
-    some = arms.split(",") if arms else None
+    some = None if arms is None else [name.strip() for name in arms.split(",") if name.strip()]
     values = isoform.study(config, set=settings or [], seeds=seeds, arms=some, jobs=jobs, out=out, quiet=as_json)
     if as_json:
         _print_json(values)
@@ -218,7 +218,7 @@ def plan(
     import isoform
     from isoform.studies.listings import print_plan
 
-    some = arms.split(",") if arms else None
+    some = None if arms is None else [name.strip() for name in arms.split(",") if name.strip()]
     values = isoform.plan(config, set=settings or [], seeds=seeds, arms=some, attempt=attempt)
     _print_json(values) if as_json else print_plan(values, _console())
 

@@ -7,7 +7,6 @@ them against the registered class's `Config` when the run is resolved, so a new 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
@@ -308,23 +307,6 @@ class StudyConfig(Section):
     # runs side by side, each with its share of the cores; auto: one a core
     compare: Compare
     questions: list[Question] = []
-
-    def only(self, names: Sequence[str]) -> StudyConfig:
-        """These arms, in the study's order, with the questions and published figures about them alone.
-
-        Raises: ConfigError for a name that is no arm.
-        """
-        for name in names:
-            if name not in self.arms:
-                raise ConfigError(
-                    f"--arms: {name!r} is no arm{nearest(name, self.arms)}; known: {', '.join(self.arms)}"
-                )
-        kept = {
-            "arms": {name: arm for name, arm in self.arms.items() if name in names},
-            "questions": [question for question in self.questions if set(question.pair) <= set(names)],
-            "published": [row for row in self.published if row.get("arm") in names],
-        }
-        return self.model_copy(update=kept)
 
     @model_validator(mode="before")
     @classmethod

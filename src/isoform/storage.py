@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -227,11 +227,13 @@ def _beside(path: Path, suffix: str) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.{suffix}")
 
 
-def sha256_file(path: Path) -> str:
+def sha256_file(path: Path, told: Callable[[int], None] = lambda num_bytes: None) -> str:
+    """The hash of a file; told: is called with the bytes that have been read so far."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
+            told(file.tell())
     return digest.hexdigest()
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from isoform import registry, storage
+from isoform.checkpoints import tensors
 from isoform.checkpoints.folders import load_model, save_model
 from isoform.checkpoints.sources import PICKLES
 from isoform.errors import CheckpointError
@@ -113,6 +114,17 @@ def test_a_folder_of_transformers_comes_back_equal_on_disk(
     assert {parameter.dtype for parameter in loaded.model.parameters()} == {dtype}
     save_model(tmp_path / "back", loaded.model, loaded.tokenizer)
     assert equal_tensors(on_disk(tmp_path / "back"), on_disk(tmp_path / "hf"))
+
+
+def test_slow_reading_is_told(tmp_path: Path, model: GPT2, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    save_model(tmp_path / "m", model, None)
+    load_model(tmp_path / "m")
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(tensors, "PATIENCE_SECONDS", -1)
+    load_model(tmp_path / "m")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("checking m: 0 of 0 MB") and any(line.startswith("checking m: done") for line in lines)
+    assert any(line.startswith("reading m: 0 of ") for line in lines) and lines[-1].startswith("reading m: done")
 
 
 def test_a_dtype_may_be_asked_for(tmp_path: Path) -> None:

@@ -241,7 +241,11 @@ def test_what_is_not_read_is_refused_by_name(write: Write, tmp_path: Path) -> No
     def steeper(writer: GGUFWriter) -> None:
         writer.add_float32("llama.rope.scaling.attn_factor", 1.25)
 
+    def both_sides(writer: GGUFWriter) -> None:
+        writer.add_bool("llama.attention.causal", False)
+
     cases: list[tuple[dict[str, Any], str]] = [
+        ({"change": both_sides}, r"the metadata llama.attention.causal \(False\) is not read"),
         ({"change": steeper}, r"the metadata llama.rope.scaling.attn_factor \(1.25\) is not read"),
         ({"change": experts}, "a mixture of experts is not read from GGUF"),
         ({"change": longrope}, "llama.rope.scaling.type 'longrope' is not read"),

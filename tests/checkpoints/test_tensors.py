@@ -45,17 +45,6 @@ def test_the_library_reads_what_we_write_and_we_read_what_it_writes(
         assert file.metadata() == {"format": "pt"}
 
 
-def test_slow_reading_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    write_tensors(tmp_path / "a.safetensors", {"x": torch.ones(2), "y": torch.ones(3)})
-    read_tensors(tmp_path / "a.safetensors")
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(tensors, "PATIENCE_SECONDS", -1)
-    read_tensors(tmp_path / "a.safetensors")
-    lines = capsys.readouterr().err.splitlines()
-    assert lines[0].startswith("reading a.safetensors: 0 of 2 tensors")
-    assert lines[-1].startswith("reading a.safetensors: done")
-
-
 def test_a_transposed_view_is_written_in_its_own_order(tmp_path: Path) -> None:
     weight = torch.arange(6.0).reshape(2, 3)
     write_tensors(tmp_path / "a.safetensors", {"w": weight.T})

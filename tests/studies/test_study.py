@@ -8,12 +8,15 @@ import shutil
 
 import pytest
 
+from isoform.config import study_config
 from isoform.errors import AuditError, ConfigError, Stopped
+from isoform.reading import read_config
 from isoform.storage import read_json, read_jsonl, write_json
 from isoform.studies import workers
 from isoform.studies.audit_rows import (
     DEAD,
     DIVERGED,
+    LEFT_OUT,
     ONE_SEED,
     OTHER_DATA,
     SELECTION,
@@ -22,6 +25,7 @@ from isoform.studies.audit_rows import (
     UNKNOWN,
 )
 from isoform.studies.forecast import forecast
+from isoform.studies.layout import some_arms
 from isoform.studies.outside import compare_results
 from isoform.studies.study import study
 from isoform.training.run import train
@@ -90,18 +94,34 @@ def test_some_arms_now_and_the_others_later(values, tmp_path, monkeypatch):
     assert [arm["name"] for arm in some["arms"]] == ["pretrained", "faster"], "in the order of the study"
     assert [question["pair"] for question in some["questions"]] == [["pretrained", "faster"]]
     assert [row["arm"] for row in some["published"]] == ["pretrained", "faster"]
+    asked, left = some["questions"][0], [row["message"] for row in some["audit"] if row["check"] == LEFT_OUT]
+    assert asked["p_adjusted"] == min(1.0, 2 * asked["p"]), "the question that is left to be asked counts already"
+    assert left == [
+        "1 of the study's 3 arms are left out by --arms: scratch; 1 of its 2 questions are answered, p-values are "
+        "adjusted over all"
+    ]
     assert len(calls) == 6
     record = read_json(tmp_path / "out" / "manifest.json")
     said: list[str] = []
     whole = study(values, tmp_path / "out", quiet=True, say=said.append)
     assert len(calls) == 8, "what the two had made is kept"
+    assert not any(row["check"] == LEFT_OUT for row in whole["audit"])
     assert len(whole["questions"]) == 2 and not any("another study" in line for line in said)
     kept = read_json(tmp_path / "out" / "manifest.json")
     assert {name: kept[name] for name in ("started", "kernels")} == {
         name: record[name] for name in ("started", "kernels")
     }
-    with pytest.raises(ConfigError, match=r"--arms: 'fastest' is no arm \(did you mean 'faster'\?\); known: scratch"):
+    with pytest.raises(ConfigError, match=r"--arms: 'fastest' is no arm of the study \(did you mean 'faster'\?\)"):
         study(values, tmp_path / "out", arms=["fastest"], quiet=True)
+
+
+def test_an_arm_brings_the_arms_that_it_asks_for():
+    whole = study_config(read_config("distill"))
+    some = some_arms(whole, ["three-taught"])
+    assert list(some.arms) == ["teacher", "three-taught"]
+    assert [question.pair for question in some.questions] == [("teacher", "three-taught")]
+    with pytest.raises(ConfigError, match="--arms: no arm is named; the study has teacher, "):
+        some_arms(whole, [])
 
 
 def test_seeds_differ_and_are_shared_by_arms(values, tmp_path):

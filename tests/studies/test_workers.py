@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from isoform.errors import ConfigError, DataError, NonFiniteError
+from isoform.errors import ConfigError, DataError, HangError, NonFiniteError
 from isoform.storage import read_json
 from isoform.studies.forecast import forecast
 from isoform.studies.study import study
@@ -43,6 +43,13 @@ def test_a_run_that_fails_fails_the_study_as_itself(values: dict[str, Any], tmp_
     values["stages"]["pretrain"]["train"] |= {"learning_rate": 1e30, "clip_norm": None}
     with pytest.raises(NonFiniteError, match="no update was made"):
         study({**values, "jobs": 2}, tmp_path / "run", quiet=True)
+
+
+def test_a_hanging_step_of_a_worker_is_told_as_that(values: dict[str, Any], tmp_path: Path, capfd: Any) -> None:
+    values["stages"]["pretrain"]["train"]["step_minutes"] = 1e-5
+    with pytest.raises(HangError, match="a worker process: a step hung, see above"):
+        study({**values, "jobs": 2}, tmp_path / "run", quiet=True)
+    assert "has not ended in 1e-05 minutes" in capfd.readouterr().err
 
 
 def test_a_stopped_study_saves_what_runs_and_goes_on(values: dict[str, Any], tmp_path: Path) -> None:

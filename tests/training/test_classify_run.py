@@ -286,6 +286,9 @@ def test_a_folder_knows_which_part_of_a_long_text_was_read(tmp_path: Path) -> No
         asked = read_inputs(opened, write_csv(tmp_path / "asked.csv", ["text"], [(text,) for text, _ in texts[:20]]))
         right = [row.answer == label for row, (_, label) in zip(predict(opened, asked), texts, strict=False)]
         assert all(right) is (keep != "start")
+    more = {"model": {"from": str(tmp_path / "ends" / "final")}, "train": {"max_steps": 1}}
+    again = prepare(tiny(path, **more))
+    assert again.objective.config.keep == "ends", "what is tuned further is read as it was"
     assert learnt["start"] < 0.8 and learnt["end"] == learnt["ends"] == 1.0
 
 

@@ -42,7 +42,7 @@ def test_a_hanging_step_ends_the_run_and_it_goes_on_from_its_last_checkpoint(mak
     )
     assert done.returncode == HangError.exit_code == 9, done.stderr
     assert time.monotonic() - began < 50, "nobody waits for the end of what hangs"
-    assert "step 8 has not ended in 0.1 minutes (train.step_minutes)" in done.stderr
+    assert "step 8, or saving before it, has not ended in 0.1 minutes" in done.stderr
     assert "waits_for_ever" in (out / "stacks-0.txt").read_text()
     assert not (out / "final").exists()
     train(config, out, resume=True)
@@ -60,6 +60,28 @@ def test_an_evaluation_may_take_as_long_as_it_likes(tmp_path, monkeypatch, rests
             watch.rest()
         time.sleep(0.4)
     assert (9 in ended) is not rests
+
+
+def test_time_in_which_the_process_was_stopped_is_not_the_step_s(tmp_path, monkeypatch):
+    ended, clock = [], [0.0]
+    monkeypatch.setattr("isoform.training.guards.os._exit", ended.append)
+    monkeypatch.setattr("isoform.training.guards.time.monotonic", lambda: clock[0])
+    with Watch(tmp_path, 0.02) as watch:
+        watch.step(3)
+        time.sleep(0.5)
+        clock[0] += 3600.0
+        time.sleep(0.5)
+    assert not ended
+
+
+def test_a_disk_that_does_not_write_holds_nothing_up(tmp_path, monkeypatch, capfd):
+    ended = []
+    monkeypatch.setattr("isoform.training.guards.os._exit", ended.append)
+    with Watch(tmp_path / "nowhere", 0.002) as watch:
+        watch.step(3)
+        time.sleep(0.4)
+    told = capfd.readouterr().err
+    assert 9 in ended and "step 3" in told and "test_a_disk_that_does_not" in told
 
 
 def test_without_a_limit_nothing_is_watched(make, tmp_path, monkeypatch):

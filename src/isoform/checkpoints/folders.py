@@ -25,7 +25,7 @@ from isoform import registry, storage
 from isoform.checkpoints import adapters, manifest, tensors
 from isoform.checkpoints.gguf import read_gguf
 from isoform.checkpoints.sources import pickle_error, pickles, resolve_model
-from isoform.checkpoints.tensors import read_object
+from isoform.checkpoints.tensors import Progress, read_object
 from isoform.contracts import Tokenizer
 from isoform.errors import CheckpointError, IsoformError
 from isoform.models.lora import active_adapter, adapter_state, adapters_of, base_fingerprint, base_state
@@ -334,8 +334,15 @@ def load_weights(model: Any, weights: Mapping[str, Tensor], where: str, *, assig
                 f"{tuple(expected[name].shape)} is expected from the config"
             )
     if assign:
-        weights = {name: tensor.contiguous() for name, tensor in weights.items()}
-    model.load_state_dict(weights, assign=assign)
+        model.load_state_dict({name: tensor.contiguous() for name, tensor in weights.items()}, assign=True)
+        return
+    # A file is mapped, so that its bytes are read here.
+    progress = Progress(f"reading {Path(where).name}", "tensors")
+    with torch.no_grad():
+        for number, (name, tensor) in enumerate(weights.items()):
+            progress.at(number, len(weights))
+            expected[name].copy_(tensor)
+    progress.done()
 
 
 def _identify(folder: Path, hf_config: dict[str, Any]) -> tuple[str, Any, dict[str, Any]]:

@@ -102,7 +102,7 @@ class GGUF:
 
 def read_gguf(path: Path) -> GGUF:
     """A whole file. Raises: CheckpointError that names what is damaged, unknown or not read, and what to do."""
-    progress = Progress(path)
+    progress = Progress(f"reading {path.name}", "tensors")
     reader = _open(path)
     fields = {name: field.contents() for name, field in reader.fields.items()}
     architecture = fields.get("general.architecture")
@@ -132,7 +132,7 @@ def _refuse_unread(path: Path, fields: Mapping[str, Any], architecture: str) -> 
     """Raises: CheckpointError for what is switched on and would change what the model computes."""
     for name, value in fields.items():
         kind, _, rest = name.partition(".")
-        neutral = (0, False, "", None, NEUTRAL.get(rest))
+        neutral = (NEUTRAL[rest],) if rest in NEUTRAL else (0, False, "", None)
         if kind == architecture and rest not in READ and value not in neutral:
             raise CheckpointError(
                 f"{path}: the metadata {name} ({value!r}) is not read; take the model's Hugging Face folder"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from isoform import storage
-from isoform.checkpoints.tensors import read_object
+from isoform.checkpoints.tensors import Progress, read_object
 from isoform.errors import CheckpointError
 
 NAME = "manifest.json"
+MEGABYTE = 1_000_000
 
 
 def write(folder: Path, **facts: Any) -> None:
@@ -43,17 +45,28 @@ def read(folder: Path) -> dict[str, Any]:
 def verify(folder: Path) -> dict[str, Any]:
     """The manifest, after checking every file that it lists. Raises: CheckpointError that names the first bad file."""
     value = read(folder)
+    progress, total, before = Progress(f"checking {folder.name}", "MB"), _num_bytes(value["files"]), 0
+
+    def told(num_bytes: int) -> None:
+        progress.at((before + num_bytes) // MEGABYTE, total // MEGABYTE)
+
     for name, expected in value["files"].items():
         path = folder / name
         try:
             size = path.stat().st_size
             if size != expected["bytes"]:
                 raise CheckpointError(f"{path}: damaged: {size} bytes long, {expected['bytes']} in {NAME}")
-            if storage.sha256_file(path) != expected["sha256"]:
+            if storage.sha256_file(path, told) != expected["sha256"]:
                 raise CheckpointError(f"{path}: damaged or edited: its SHA-256 is not the one in {NAME}")
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read ({error.strerror}), but {NAME} lists it") from None
+        before += size
+    progress.done()
     return value
+
+
+def _num_bytes(files: Mapping[str, Any]) -> int:
+    return sum(entry["bytes"] for entry in files.values() if isinstance(entry["bytes"], int))
 
 
 def unlisted(folder: Path) -> list[Path]:

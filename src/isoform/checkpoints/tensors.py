@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from isoform import storage
@@ -126,14 +126,8 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[torch.dtype, tuple[int, .
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one checked file, on the host. Raises: CheckpointError."""
-    names = read_header(path)
-    progress = Progress(path)
-    tensors: dict[str, Tensor] = {}
-    with safe_open(path, framework="pt") as file:
-        for name in names:
-            progress.at(len(tensors), len(names))
-            tensors[name] = file.get_tensor(name)
-    progress.done()
+    read_header(path)
+    tensors: dict[str, Tensor] = load_file(path)
     return tensors
 
 
@@ -222,21 +216,23 @@ def _damaged(path: Path, what: str) -> CheckpointError:
 
 
 class Progress:
-    """Lines on standard error while a file is read, once it takes longer than a few seconds."""
+    """Lines on standard error while something is read, once it takes longer than a few seconds.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    what: `reading model.gguf`; unit: what is counted.
+    """
+
+    def __init__(self, what: str, unit: str) -> None:
+        self.what, self.unit = what, unit
         self.began = self.shown = time.monotonic()
 
     def at(self, number: int, of: int) -> None:
-        """So many tensors of all are read."""
+        """So much of all is read."""
         now = time.monotonic()
         if now - self.shown > PATIENCE_SECONDS:
             self.shown = now
-            print(f"reading {self.path.name}: {number} of {of} tensors, {now - self.began:.0f} s", file=sys.stderr)
+            print(f"{self.what}: {number} of {of} {self.unit}, {now - self.began:.0f} s", file=sys.stderr)
 
     def done(self) -> None:
         """Everything is read."""
         if self.shown > self.began:
-            seconds = time.monotonic() - self.began
-            print(f"reading {self.path.name}: done in {seconds:.0f} s", file=sys.stderr)
+            print(f"{self.what}: done in {time.monotonic() - self.began:.0f} s", file=sys.stderr)

@@ -75,8 +75,9 @@ class Classify(Edged):
         # cls | mean | last: what stands for the text; null: the model's, else its family's own
         dropout: float | None = None
         # before the scores; null: the family's own
-        keep: Keep = "start"
-        # start | end | ends: what is read of a text that is too long; ends: a quarter from its start, the rest its end
+        keep: Keep | None = None
+        # start | end | ends: what is read of a text that is too long; ends: a quarter from its start, the rest its end;
+        # null: what the model has read, else the start
         edges: bool | None = None
         # whether special tokens stand around each text; null: where the tokenizer has them
         new_head: bool = False
@@ -113,6 +114,7 @@ class Classify(Edged):
         """
         if config.new_head:
             known = None
+        config = config.model_copy(update={"keep": config.keep or (known.keep if known else "start")})
         if known is not None:
             _check_known(config, known)
         elif train is None:
@@ -145,7 +147,7 @@ class Classify(Edged):
         if has is not None and not self.config.new_head:
             if has.labels != self.labels:
                 raise ConfigError(f"model.classifier.labels: {has.labels} given, {self.labels} is expected")
-            how = {"second": self.config.second, "max_tokens": self.max_tokens, "keep": self.config.keep}
+            how = {"second": self.config.second, "max_tokens": self.max_tokens, "keep": self._keep}
             read = has.model_copy(update=how)
             model.config = model.config.model_copy(update={"classifier": read})
             return model
@@ -158,7 +160,7 @@ class Classify(Edged):
             dropout=shape.dropout(model.config) if rate is None else rate,
             second=self.config.second,
             max_tokens=self.max_tokens,
-            keep=self.config.keep,
+            keep=self._keep,
         )
         return heads.attach(model, wanted, seed)
 
@@ -168,6 +170,10 @@ class Classify(Edged):
     def _room(self) -> int:
         """Tokens of text that fit between the edges."""
         return self.max_tokens - len(self.begin) - len(self.end) * len(self.inputs)
+
+    @property
+    def _keep(self) -> Keep:
+        return self.config.keep or "start"
 
     def encode(self, document: Document) -> Encoded:
         texts = {field: required_text(document, field) for field in self.inputs}
@@ -189,7 +195,7 @@ class Classify(Edged):
 
     def view(self, encoded: Encoded) -> Sample:
         """What the model reads of a text or a pair, without its label."""
-        parts = cut_to_fit([encoded.fields[field] for field in self.inputs], self._room, self.config.keep)
+        parts = cut_to_fit([encoded.fields[field] for field in self.inputs], self._room, self._keep)
         pieces = [tokens_of(part, self.end) for part in parts]
         pieces[0] = tokens_of(self.begin, pieces[0])
         which = np.concatenate([np.full(len(piece), at, dtype=np.int32) for at, piece in enumerate(pieces)])

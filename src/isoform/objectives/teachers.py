@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from isoform.contracts import Batch, Output
-from isoform.errors import ConfigError
+from isoform.errors import ConfigError, IsoformWarning
 from isoform.layers.init import linear, normal
 from isoform.models.lora import base_fingerprint
 from isoform.objectives.crossentropy import TokenObjective, asked_places
@@ -117,6 +118,14 @@ class Teacher:
         if set(theirs.labels) != set(labels):
             raise self._refused(
                 f"has the labels {', '.join(theirs.labels)}", f"{', '.join(labels)} are expected, in any order"
+            )
+        ours = getattr(self.objective.config, "keep", None)
+        if ours is not None and ours != theirs.keep:
+            warnings.warn(
+                f"objective.teacher: {self.settings.teacher} has read the {theirs.keep} of long texts, the student "
+                f"reads the {ours}; set objective.of.keep: {theirs.keep}",
+                IsoformWarning,
+                stacklevel=2,
             )
         return [theirs.labels.index(name) for name in labels]
 

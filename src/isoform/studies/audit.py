@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from isoform.config import StudyConfig
 from isoform.errors import DataError
 from isoform.studies import audit_curves, audit_data, audit_results, audit_terms
 from isoform.studies.audit_curves import diverged
@@ -20,6 +21,7 @@ from isoform.studies.audit_rows import (
     DIVERGED,
     EDGE,
     FUTURE,
+    LEFT_OUT,
     ONE_SEED,
     OVERLAP,
     SCHEDULE,
@@ -70,6 +72,18 @@ def before(layout: Layout) -> list[Row]:
         if not str(error).startswith("data.overlap"):
             raise
         return [row(OVERLAP, "refuse", str(error))]
+
+
+def left_out(whole: StudyConfig, config: StudyConfig) -> list[Row]:
+    """What of a study is not carried out now, and so not told."""
+    missing = [name for name in whole.arms if name not in config.arms]
+    if not missing:
+        return []
+    text = (
+        f"{len(missing)} of the study's {len(whole.arms)} arms are left out by --arms: {', '.join(missing)}; "
+        f"{len(config.questions)} of its {len(whole.questions)} questions are answered, p-values are adjusted over all"
+    )
+    return [row(LEFT_OUT, "inform", text)]
 
 
 def _not_probed(layout: Layout) -> list[Row]:

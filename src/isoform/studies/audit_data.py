@@ -62,11 +62,10 @@ def _within(stage: str, probe: Probe) -> Iterable[tuple[str, str]]:
         first, second = pair["splits"]
         if not pair["exact"] + pair["near"] or (first == "train" and report["policy"] == "drop_from_train"):
             continue
-        yield (
-            "warn",
-            f"stage {stage}: {_counts(pair, second, first)} and were kept (data.overlap: {report['policy']}); "
-            "clean the files, or set data.overlap to drop_from_train",
-        )
+        cleaned = report["policy"] == "drop_from_train"
+        policy = f"data.overlap: {report['policy']}" + (", which cleans training alone" if cleaned else "")
+        advice = "clean the files" + ("" if cleaned else ", or set data.overlap to drop_from_train")
+        yield "warn", f"stage {stage}: {_counts(pair, second, first)} and were kept ({policy}); {advice}"
 
 
 def _between(stage: str, earlier: Probe, last: Probe, split: str) -> Iterable[tuple[str, str]]:

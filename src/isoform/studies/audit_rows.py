@@ -27,6 +27,7 @@ DIVERGED = "diverged or non-finite run"
 DAMAGED = "damaged checkpoint"
 WINDOWS = "windows of few documents"
 ONE_SEED = "one seed"
+LEFT_OUT = "arms left out"
 # Of results that no study planned.
 OTHER_DATA = "other data in the compared split"
 UNKNOWN = "no manifest"

@@ -16,7 +16,7 @@ from isoform.reading import is_study
 from isoform.storage import free_bytes
 from isoform.studies import audit
 from isoform.studies.audit_probe import Probes
-from isoform.studies.layout import Layout, StageRun
+from isoform.studies.layout import Layout, StageRun, some_arms
 from isoform.studies.study import shapes_of
 from isoform.studies.workers import crew, measured, num_jobs
 from isoform.training.paper import plan_on_paper, why_on_paper
@@ -35,7 +35,7 @@ def forecast(values: dict[str, Any], *, arms: Sequence[str] | None = None, attem
         stage = {"name": config.name, "runs": 1, **plan}
         return _total(config.name, [stage], [], attempt=_attempt(config) if attempt else None)
     whole = study_config(values)
-    study = whole if arms is None else whole.only(arms)
+    study = whole if arms is None else some_arms(whole, arms)
     wanted = {**study.base.get("train", {})}.get("precision", "auto")
     device, shapes = machine.choose_device(), shapes_of(whole)
     precision = choice.choose_precision(wanted, device, shapes)

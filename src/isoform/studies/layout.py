@@ -9,7 +9,7 @@ teacher).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -167,6 +167,37 @@ class Layout:
         if key not in self._data:
             self._data[key] = load_splits(config.data, objective.alternatives).fingerprint
         return self._data[key]
+
+
+def some_arms(study: StudyConfig, names: Sequence[str]) -> StudyConfig:
+    """The study of these arms, and of those whose models they ask for, in its order, with the questions about them.
+
+    Raises: ConfigError for a name that is no arm, or no name.
+    """
+    layout = Layout(study, [study.seed], "", "")
+    wanted: set[str] = set()
+
+    def take(name: str) -> None:
+        wanted.add(name)
+        if study.arms[name].results is None:
+            for stage in study.arms[name].stages or [AS_IS]:
+                for other in arms_of(layout.config(name, stage, study.seed, {})):
+                    if other in study.arms and other not in wanted:
+                        take(other)
+
+    for name in names:
+        if name not in study.arms:
+            known = ", ".join(study.arms)
+            raise ConfigError(f"--arms: {name!r} is no arm of the study{nearest(name, study.arms)}; its arms: {known}")
+        take(name)
+    if not wanted:
+        raise ConfigError(f"--arms: no arm is named; the study has {', '.join(study.arms)}")
+    kept = {
+        "arms": {name: arm for name, arm in study.arms.items() if name in wanted},
+        "questions": [question for question in study.questions if set(question.pair) <= wanted],
+        "published": [row for row in study.published if row.get("arm", None) in {None, *wanted}],
+    }
+    return study.model_copy(update=kept)
 
 
 def begins_from_arm(config: RunConfig) -> bool:

@@ -282,14 +282,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return adjusted
 
 
-def decide(comparisons: Sequence[Comparison], confidence: float = 0.95) -> list[Comparison]:
+def decide(
+    comparisons: Sequence[Comparison], confidence: float = 0.95, *, unasked: int = 0, unasked_margins: int = 0
+) -> list[Comparison]:
     """The same comparisons with `p_adjusted` over all of them, and the verdicts that follow from it.
 
     Equivalence is adjusted in the same way, over the questions that have a margin.
+    unasked, unasked_margins: further questions of the study, and those of them with a margin, which are still to be
+        answered: they count as if nothing were found, so that an answer of today stands when they are.
     """
-    adjusted = holm([comparison.p for comparison in comparisons])
+    adjusted = holm([*(comparison.p for comparison in comparisons), *[1.0] * unasked])
     asked = [index for index, comparison in enumerate(comparisons) if comparison.p_equivalent is not None]
-    equivalent = dict(zip(asked, holm([comparisons[index].p_equivalent or 0.0 for index in asked]), strict=True))
+    padded = holm([*(comparisons[index].p_equivalent or 0.0 for index in asked), *[1.0] * unasked_margins])
+    equivalent = dict(zip(asked, padded, strict=False))
     decided = []
     for index, comparison in enumerate(comparisons):
         verdict = _verdict(comparison, adjusted[index], equivalent.get(index), 1 - confidence)

@@ -23,7 +23,7 @@ from isoform.layers.choice import Shape
 from isoform.registry import lookup
 from isoform.storage import fingerprint, iterate_jsonl, locked, read_json, write_json, write_text
 from isoform.studies import audit
-from isoform.studies.layout import AS_IS, Layout, StageRun, arms_of, begins_from_arm, config_differences
+from isoform.studies.layout import AS_IS, Layout, StageRun, arms_of, begins_from_arm, config_differences, some_arms
 from isoform.studies.outside import read_results
 from isoform.studies.report import write_report
 from isoform.studies.scores import Scores, load_scores
@@ -49,11 +49,11 @@ def study(
     Raises: ConfigError, DataError, AuditError (exit 10, before anything is trained where that can be known), Stopped.
     """
     whole = study_config(values)
-    config = whole if arms is None else whole.only(arms)
+    config = whole if arms is None else some_arms(whole, arms)
     with locked(folder):
         began = time.monotonic()
         record = _record(folder, whole, command, say)
-        _write_study(folder, config)
+        _write_study(folder, whole)
         layout = Layout(
             config,
             list(range(config.seed, config.seed + config.seeds)),
@@ -61,7 +61,7 @@ def study(
             sources_fingerprint(),
             record["kernels"]["native"],
         )
-        planned = audit.before(layout)
+        planned = [*audit.before(layout), *audit.left_out(whole, config)]
         _refuse(planned)
         jobs = num_jobs(config.jobs, sum(1 for _ in layout.all()))
         record["jobs"] = jobs
@@ -77,7 +77,7 @@ def study(
             record["seconds"] = float(record.get("seconds", 0.0)) + time.monotonic() - began
             record["finished"] = _now()
             write_json(folder / "manifest.json", record)
-        results = conclude(layout, folder, planned, tuning, record)
+        results = conclude(layout, folder, planned, tuning, record, whole)
         write_json(folder / "results.json", results)
         write_report(folder)
         _refuse(results["audit"])
@@ -218,12 +218,18 @@ def conclude(
     planned: list[dict[str, Any]],
     tuning: dict[str, list[dict[str, Any]]],
     record: dict[str, Any],
+    whole: StudyConfig,
 ) -> dict[str, Any]:
-    """Everything that the report shows, as plain values."""
+    """Everything that the report shows, as plain values.
+
+    whole: the study with the arms that were left out, whose questions are to be answered too.
+    """
     config = layout.study
     arms = [_arm(layout, folder, name, tuning.get(name, [])) for name, _ in layout.arms()]
     comparisons = [_compare(layout, folder, question.pair, question) for question in config.questions]
-    decided = decide(comparisons, config.compare.confidence)
+    unasked = len(whole.questions) - len(config.questions)
+    unasked_margins = _num_margins(whole) - _num_margins(config)
+    decided = decide(comparisons, config.compare.confidence, unasked=unasked, unasked_margins=unasked_margins)
     questions = [
         {
             **decision.as_dict(),
@@ -243,6 +249,7 @@ def conclude(
         "compare": config.compare.model_dump(mode="json"),
         "arms": arms,
         "questions": questions,
+        "num_questions": len(whole.questions),
         "data": _data(layout, folder),
         "command": record["command"],
         "code": {"version": record["code"]["isoform"], "packages": record["packages"]},
@@ -255,6 +262,10 @@ def conclude(
     }
     results["audit"] = [*planned, *audit.after(layout, folder, results, lambda *args: _compare(layout, folder, *args))]
     return results
+
+
+def _num_margins(config: StudyConfig) -> int:
+    return sum(question.margin is not None for question in config.questions)
 
 
 def _arm(layout: Layout, folder: Path, name: str, tuning: list[dict[str, Any]]) -> dict[str, Any]:

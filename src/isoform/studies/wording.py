@@ -294,7 +294,7 @@ def _support(question: Mapping[str, Any], results: Mapping[str, Any]) -> str:
     inside = []
     if interval := difference_interval_text(question.get("low"), question.get("high"), metric, decimals):
         inside.append(f"{percent_text(confidence_of(results))} interval {interval}")
-    num_questions = len(results.get("questions") or ())
+    num_questions = results.get("num_questions") or len(results.get("questions") or ())
     if is_number(question.get("p_adjusted")) and num_questions > 1:
         inside.append(f"{p_text(question['p_adjusted'])} after Holm over {num_questions} questions")
     elif is_number(question.get("p")):

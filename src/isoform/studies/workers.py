@@ -22,7 +22,7 @@ from typing import IO, Any, Literal
 
 from isoform import errors, machine
 from isoform.config import RunConfig, run_config
-from isoform.errors import ConfigError, IsoformError, Stopped
+from isoform.errors import ConfigError, HangError, IsoformError, Stopped
 from isoform.storage import read_json
 from isoform.studies.layout import StageRun
 from isoform.training.guards import Interrupts
@@ -175,7 +175,10 @@ class Worker:
             for line in stream:
                 self.answer = json.loads(line)
         if self.answer is None:
-            self.answer = {"error": "RuntimeError", "message": "a worker process ended without an answer"}
+            code = self.process.wait()
+            hung = code == HangError.exit_code
+            what = "a step hung, see above" if hung else f"it ended without an answer, with the code {code}"
+            self.answer = {"error": "HangError" if hung else "RuntimeError", "message": f"a worker process: {what}"}
 
     @staticmethod
     def _relay(stream: IO[str]) -> None:

@@ -16,6 +16,8 @@ from isoform.errors import HangError, Stopped
 
 # How often a step's time is looked at, where the limit is long.
 LOOK_SECONDS = 5.0
+# How long a disk may take to write what each thread was doing.
+WRITE_SECONDS = 10.0
 
 
 class Interrupts:
@@ -50,13 +52,14 @@ class Watch:
     """While active, ends the process with the code of a HangError once a step takes longer than `minutes`.
 
     A step that waits for another rank or for a dead disk would wait for ever, and no exception can reach it there; what
-    each thread was doing is written to `stacks-RANK.txt` in the run's folder first. minutes: None: never.
+    each thread was doing is written to `stacks-RANK.txt` in the run's folder, or to standard error where that cannot
+    be. Time in which the whole process was stopped is not the step's. minutes: None: never.
     """
 
     def __init__(self, folder: Path, minutes: float | None, rank: int = 0) -> None:
         self.file = folder / f"stacks-{rank}.txt"
         self.seconds = None if minutes is None else 60 * minutes
-        self._running: tuple[int, float] | None = None
+        self._step: int | None = None
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, name="isoform-watch", daemon=True)
 
@@ -71,27 +74,45 @@ class Watch:
             self._thread.join()
 
     def step(self, number: int) -> None:
-        """The step of this number begins, and the one before it is done."""
-        self._running = (number, time.monotonic())
+        """The step of this number begins; what the one before it has left to be saved counts as part of it."""
+        self._step = number
 
     def rest(self) -> None:
         """What comes now may take as long as it likes."""
-        self._running = None
+        self._step = None
 
     def _look(self) -> None:
         assert self.seconds is not None
-        while not self._over.wait(min(LOOK_SECONDS, self.seconds / 4)):
-            running = self._running
-            if running is not None and time.monotonic() - running[1] > self.seconds:
-                self._end(running[0])
+        interval = min(LOOK_SECONDS, self.seconds / 4)
+        seen, waited, looked = None, 0.0, time.monotonic()
+        while not self._over.wait(interval):
+            now = time.monotonic()
+            step = self._step
+            # A process that was stopped looks late, once.
+            waited = waited + min(now - looked, 2 * interval) if step is not None and step == seen else 0.0
+            seen, looked = step, now
+            if step is not None and waited > self.seconds:
+                self._end(step)
 
     def _end(self, number: int) -> None:
         assert self.seconds is not None
         error = HangError(
-            f"step {number} has not ended in {self.seconds / 60:g} minutes (train.step_minutes); what each thread was "
-            f"doing is in {self.file}; the last checkpoint is whole, --resume goes on from there"
+            f"step {number}, or saving before it, has not ended in {self.seconds / 60:g} minutes; what each thread was "
+            f"doing is in {self.file}; the same command goes on from the last checkpoint (a run with --resume). Raise "
+            "train.step_minutes where steps honestly take so long; null waits for ever"
         )
-        with self.file.open("w") as file:
-            faulthandler.dump_traceback(file, all_threads=True)
-        print(f"isoform: {error}", file=sys.stderr, flush=True)
-        os._exit(error.exit_code)
+        try:
+            print(f"isoform: {error}", file=sys.stderr, flush=True)
+            # A disk that does not answer must not hold this up too.
+            writing = threading.Thread(target=self._write_stacks, daemon=True)
+            writing.start()
+            writing.join(WRITE_SECONDS)
+        finally:
+            os._exit(error.exit_code)
+
+    def _write_stacks(self) -> None:
+        try:
+            with self.file.open("w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+        except OSError:
+            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
