@@ -218,12 +218,13 @@ def test_an_adapter_is_merged_for_programs_that_read_whole_models(
 def test_a_classifier_that_was_trained_by_an_adapter_keeps_its_labels(
     to: Any, save_adapter: Save, tmp_path: Path, here: None
 ) -> None:
-    wanted = heads.Classifier(labels=("cold", "warm"), pooling="last")
+    wanted = heads.Classifier(labels=("cold", "warm"), pooling="last", max_tokens=8, keep="end")
     run = save_adapter(heads.attach(GPT2.tiny(vocab_size=ROWS), wanted, seed=0), rank=2)
     found = isoform.export(run, to, out=tmp_path / "out")
     assert found["error"] < 1e-4
     assert found["output"] == "class scores"
     assert "label names" in found["compared"]
+    assert "texts longer than 8 tokens were read as their end: cut them so yourself" in found["notes"]
 
 
 def test_adapters_and_bases_that_peft_cannot_read_are_refused(save: Save, save_adapter: Save, tmp_path: Path) -> None:

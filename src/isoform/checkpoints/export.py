@@ -104,7 +104,7 @@ def export_model(path: str | Path, to: str, out: Path | None = None) -> Exported
     with storage.staged_folder(target) as staged:
         written = _write(staged, loaded, to)
         found = _verify(staged, loaded, to, written)
-        result = Exported(str(target), to, str(path), **found, notes=written.notes)
+        result = Exported(str(target), to, str(path), **found, notes=(*written.notes, *_reading(loaded)))
         storage.write_json(staged / RECORD, asdict(result))
         manifest.write(staged)
     return result
@@ -129,6 +129,15 @@ def _write(staged: Path, loaded: LoadedModel, to: str) -> Written:
         written = _write_whole(staged, _merged(loaded), to)
         return replace(written, notes=(*written.notes, f"merged with its base {loaded.info['base']}, in float32"))
     return _write_whole(staged, loaded, to)
+
+
+def _reading(loaded: LoadedModel) -> tuple[str, ...]:
+    """What other programs, which cut long texts at their end, must be told of a classifier that read them otherwise."""
+    classifier = getattr(loaded.config, "classifier", None)
+    if classifier is None or classifier.keep == "start":
+        return ()
+    part = "their end" if classifier.keep == "end" else "a quarter from their start and the rest from their end"
+    return (f"texts longer than {classifier.max_tokens} tokens were read as {part}: cut them so yourself",)
 
 
 def _write_adapter(staged: Path, loaded: LoadedModel) -> Written:
