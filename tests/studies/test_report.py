@@ -24,7 +24,7 @@ from rich.console import Console
 from isoform import storage
 from isoform.errors import ConfigError, DataError, DiskError
 from isoform.evaluation.breakdown import Breakdown
-from isoform.studies import charts, wording
+from isoform.studies import charts, curves, wording
 from isoform.studies.answers import is_right, read_answers
 from isoform.studies.curves import arm_colours, stage_curves
 from isoform.studies.records import Records
@@ -225,6 +225,16 @@ def test_warnings_stand_in_the_verdicts_own_line() -> None:
 )
 def test_values_have_their_units(metric: str, value: Any, expected: str) -> None:
     assert wording.value_text(value, metric).replace("\N{NO-BREAK SPACE}", " ") == expected
+
+
+def test_neighbouring_ticks_are_told_apart():
+    rates = [2e-4, 1.5e-4, 1e-4, 5e-5, 0.0, 0.02]
+    assert [curves._short(rate) for rate in rates] == ["2e-4", "1.5e-4", "1e-4", "5e-5", "0", "0.02"]
+
+
+def test_a_share_of_answers_is_told_in_points():
+    assert wording.difference_text(0.227, "ended") == f"+22.7{wording.SPACE}points"
+    assert wording.metric_words("ended") == "answers ended"
 
 
 def test_small_numbers() -> None:

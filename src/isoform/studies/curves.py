@@ -246,7 +246,10 @@ def _count_tick(value: float) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:.3g}" if value == 0 or abs(value) >= 1e-3 else f"{value:.0e}".replace("e-0", "e-")
+    if value == 0 or abs(value) >= 1e-3:
+        return f"{value:.3g}"
+    digits, power = f"{value:.1e}".split("e")
+    return f"{digits.removesuffix('.0')}e{int(power)}"
 
 
 def _value_ticks(metric: str) -> Callable[[float], str]:

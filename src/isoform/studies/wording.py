@@ -24,7 +24,9 @@ VERDICTS = {
     "cannot-tell": ("?", "cannot tell"),
 }
 
-_FRACTIONS = {"accuracy", "match", "em", "f1", "precision", "recall", "auc", "fraction", "rate", "rouge", "correct"}
+_FRACTIONS = {
+    *("accuracy", "match", "em", "f1", "precision", "recall", "auc", "fraction", "rate", "rouge", "correct", "ended")
+}
 _ERRORS = {"error", "mse", "mae", "rmse"}
 _DECIMALS = {"fraction": 1, "nats": 3, "bits": 3, "perplexity": 2, "number": 3}
 _SUFFIX = {"fraction": f"{SPACE}%", "nats": f"{SPACE}nats", "bits": f"{SPACE}bits", "perplexity": "", "number": ""}
@@ -62,7 +64,7 @@ def shorten(text: str, num_characters: int) -> str:
 
 
 def metric_words(metric: str) -> str:
-    return metric.replace("_", " ")
+    return {"ended": "answers ended"}.get(metric, metric.replace("_", " "))
 
 
 def plural(count: int, noun: str) -> str:
