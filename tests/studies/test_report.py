@@ -233,7 +233,7 @@ def test_neighbouring_ticks_are_told_apart():
 
 
 def test_a_share_of_answers_is_told_in_points():
-    assert wording.difference_text(0.227, "ended") == f"+22.7{wording.SPACE}points"
+    assert wording.difference_text(0.227, "ended") == "+22.7 points"
     assert wording.metric_words("ended") == "answers ended"
 
 
