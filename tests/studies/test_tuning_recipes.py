@@ -17,6 +17,7 @@ from isoform.checkpoints.folders import save_model
 from isoform.config import study_config
 from isoform.models.bert import Bert
 from isoform.models.llama import Llama
+from isoform.models.modernbert import ModernBert
 from isoform.reading import merge, read_config
 from isoform.registry import lookup
 from isoform.studies.forecast import attempt_study
@@ -27,11 +28,15 @@ WORDS = "a film of great charm dull tired story an actor this scene with and lon
 LABELS = {"agnews": 4}
 FILES = {
     "imdb": ("train", "test"),
+    "imdb-bert-base": ("train", "test"),
+    "imdb-modernbert-base": ("train", "test"),
     "distill": ("train", "test"),
     "domain": ("train", "test", "unsupervised"),
     "effective-batch": ("train_phrases_glue", "validation_glue", "test"),
     "agnews": ("train_4k", "test"),
 }
+# The small model that stands for the one that is named.
+PLACES = {"smollm2": "decoder", "ModernBERT": "modern", "": "encoder"}
 CHATS = {"chat": "instruction-data.json", "chat-preference": "instruction-data-with-preference.json"}
 
 
@@ -43,7 +48,8 @@ def texts(number: int, seed: int) -> list[str]:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A bare encoder and a decoder in small: what `pkg:` names, and what `hf:` would fetch."""
-    for name, kind, model in (("encoder", "wordpiece", Bert), ("decoder", "bpe", Llama)):
+    kinds = (("encoder", "wordpiece", Bert), ("modern", "bpe", ModernBert), ("decoder", "bpe", Llama))
+    for name, kind, model in kinds:
         options = lookup("tokenizer", kind).Config(vocab_size=400)
         tokenizer = train_tokenizer(kind, options, texts(40, 9))
         parts = {"head": "none", "pooler": "plain"} if model is Bert else {}
@@ -69,7 +75,10 @@ def shrunk(recipe: str, folder: Path) -> dict[str, Any]:
         (folder / CHATS[recipe]).write_text(json.dumps(pairs))
     _shrink_batches(values)
     small = {"data": {"root": str(folder)}, "train": {"precision": "fp32"}, "evaluate": {"max_new_tokens": 2}}
-    return merge(values, {"base": small, "seeds": 1, "jobs": 1})
+    fetched = {
+        name: f"{name}.parquet" for name, source in values["base"]["data"].items() if str(source).startswith("hf:")
+    }
+    return merge(values, {"base": {**small, "data": {**small["data"], **fetched}}, "seeds": 1, "jobs": 1})
 
 
 def _shrink_batches(values: dict[str, Any]) -> None:
@@ -90,7 +99,7 @@ def test_each_stage_of_each_arm_makes_an_update_is_scored_and_saved(
 
     def snapshot_download(repository: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         fetched.append((repository, revision))
-        return str(folder / ("decoder" if "smollm2" in named else "encoder"))
+        return str(folder / next(name for part, name in PLACES.items() if part in named))
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
     values["base"]["model"] = {"from": "hf:someone/small@0123abc"}
