@@ -115,4 +115,4 @@ class Watch:
             with self.file.open("w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
         except OSError:
-            faulthandler.dump_traceback(sys.__stderr__, all_threads=True)
+            faulthandler.dump_traceback(2, all_threads=True)  # standard error, whatever stands for it in Python
