@@ -29,6 +29,7 @@ from isoform.studies import audit, audit_curves, audit_data, audit_rows, audit_t
 from isoform.studies.audit_options import dead_options
 from isoform.studies.audit_probe import Probes
 from isoform.studies.layout import Layout
+from isoform.training.prepare import prepare
 from isoform.training.run import train
 
 Rows = list[dict[str, Any]]
@@ -255,6 +256,17 @@ def test_the_same_thing_twice_is_refused(folder: Path, changes: str) -> None:
 def test_a_default_spelled_out_beside_a_real_difference_is_no_dead_option(folder: Path) -> None:
     assert dead(layout(folder, plain("model.position={kind: rope, base: 10000}"), plain("model.position.kind=rope")))
     assert dead(layout(folder, plain("model.position={kind: rope, base: 10000}; train.learning_rate=1e-4"))) == []
+
+
+def test_so_many_updates_and_so_many_epochs_are_one_thing(folder: Path) -> None:
+    """At another batch they differ, though in one of the two arms they may be the same; at the same batch, nowhere."""
+    epoch = plain("train.max_steps=null; train.max_epochs=3; train.batch_sequences=8")
+    run = prepare(layout(folder, epoch, epoch).chain("first", 0)[0].config)
+    for steps in (run.num_steps, run.num_steps + 1):
+        assert dead(layout(folder, plain(f"train.max_steps={steps}"), epoch)) == []
+        assert dead(layout(folder, epoch, plain(f"train.max_steps={steps}"))) == []
+    same = plain(f"train.max_steps={run.num_steps}; train.batch_sequences=8")
+    assert one(dead(layout(folder, epoch, same)), "refuse").startswith("train.max_epochs, train.max_steps does nothing")
 
 
 def test_arms_that_differ_in_what_they_tune_are_not_the_same(folder: Path) -> None:

@@ -55,6 +55,12 @@ SCORED = ("data.dev", "data.test")
 # Keys that say which component a section is; the section's other options belong to it.
 KINDS = ("kind", "family", "from")
 MISSING = object()
+# Options of which one at most is given: two arms that differ in both differ in one thing.
+EITHER = (
+    (("train", "max_epochs"), ("train", "max_steps")),
+    (("train", "batch_sequences"), ("train", "batch_tokens")),
+    (("train", "evaluate_every_steps"), ("train", "evaluate_every_epochs")),
+)
 
 
 @dataclass(frozen=True)
@@ -152,11 +158,21 @@ def changes(ours: dict[str, RunConfig], theirs: dict[str, RunConfig]) -> Iterato
     for stage in shared:
         for path in _differing(_plain(ours[stage]), _plain(theirs[stage])):
             places.setdefault(path, []).append(stage)
-    for path, stages in places.items():
+    for paths, stages in _together(places):
+        name = ", ".join(".".join(path) for path in paths)
         if stages == shared:
-            yield Change(".".join(path), tuple((stage, path) for stage in ours))
+            yield Change(name, tuple((stage, path) for stage in ours for path in paths))
         else:
-            yield from (Change(".".join((stage, *path)), ((stage, path),)) for stage in stages)
+            yield from (Change(f"{stage}.{name}", tuple((stage, path) for path in paths)) for stage in stages)
+
+
+def _together(places: dict[Path, list[str]]) -> Iterator[tuple[tuple[Path, ...], list[str]]]:
+    """Each option with its stages; two that exclude each other, and differ in the same stages, as one."""
+    pairs = [pair for pair in EITHER if all(path in places for path in pair) and places[pair[0]] == places[pair[1]]]
+    for path, stages in places.items():
+        pair = next((pair for pair in pairs if path in pair), (path,))
+        if path == pair[0]:
+            yield pair, stages
 
 
 def _plain(config: RunConfig) -> Values:
@@ -222,15 +238,12 @@ def _trained_first(stage: str, *chains: dict[str, RunConfig]) -> bool:
 
 def _set_back(change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfig]) -> dict[str, RunConfig]:
     """Our stages with the option as the other arm has it. Raises: ConfigError where it cannot stand by itself."""
-    configs = dict(ours)
+    changed = {stage: _plain(ours[stage]) for stage, _ in change.places}
     # A stage that the other arm has not takes the value of one that it has.
     other = next(_plain(theirs[stage]) for stage in theirs if stage in ours)
     for stage, path in change.places:
-        values = _plain(ours[stage])
-        value = _get(_plain(theirs[stage]) if stage in theirs else other, path)
-        _put(values, path, value)
-        configs[stage] = run_config({**values, "name": ours[stage].name})
-    return configs
+        _put(changed[stage], path, _get(_plain(theirs[stage]) if stage in theirs else other, path))
+    return ours | {stage: run_config({**values, "name": ours[stage].name}) for stage, values in changed.items()}
 
 
 def _only_spelling(change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfig], probes: Probes) -> bool:
@@ -268,7 +281,15 @@ def _parent(configs: dict[str, RunConfig], stage: str) -> RunConfig | None:
 
 
 def _dead(change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfig], probes: Probes) -> bool:
-    """Whether every stage that the option stands in does the same with the other arm's value."""
+    """Whether every stage that the option stands in does the same with the other arm's value.
+
+    So many updates and so many epochs may be the same here, where the other arm's batch makes them another thing.
+    """
+    of_two = len({path for _, path in change.places}) > 1 and all(stage in theirs for stage, _ in change.places)
+    return _same(change, ours, theirs, probes) and (not of_two or _same(change, theirs, ours, probes))
+
+
+def _same(change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfig], probes: Probes) -> bool:
     from isoform.studies.audit_probe import same_run
 
     try:
