@@ -57,6 +57,8 @@ def test_hostile_or_broken_yaml_is_one_line(text):
         ({"train": {"learning_rate": -1}}, "train.learning_rate: given -1: input should be greater than 0"),
         ({"train": {"max_steps": 1, "max_epochs": 1}}, "keep one"),
         ({"data": {"path": "a", "train": "b"}}, "`path` and `train` are both given"),
+        ({"train": {"max_steps": 9, "max_epochs": 1}}, "`max_epochs` and `max_steps` are both given; keep one"),
+        ({"train": {"batch_tokens": 9, "batch_sequences": 1}}, "`batch_sequences` and `batch_tokens` are both given"),
         ({"data": {"splits": {"train": 0.9, "dev": 0.2}}}, "at most 1 is expected"),
         ({"name": "../x"}, "name: given '../x'"),
     ],

@@ -46,6 +46,11 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
         raise typer.Exit
 
 
+def _names(given: str | None) -> list[str] | None:
+    """`a, b` as names; None where nothing is given."""
+    return None if given is None else [name.strip() for name in given.split(",") if name.strip()]
+
+
 @app.command()
 def study(
     config: Recipe,
@@ -60,8 +65,9 @@ def study(
     import isoform
     from isoform.studies.terminal import print_study
 
-    some = None if arms is None else [name.strip() for name in arms.split(",") if name.strip()]
-    values = isoform.study(config, set=settings or [], seeds=seeds, arms=some, jobs=jobs, out=out, quiet=as_json)
+    values = isoform.study(
+        config, set=settings or [], seeds=seeds, arms=_names(arms), jobs=jobs, out=out, quiet=as_json
+    )
     if as_json:
         _print_json(values)
         return
@@ -218,8 +224,7 @@ def plan(
     import isoform
     from isoform.studies.listings import print_plan
 
-    some = None if arms is None else [name.strip() for name in arms.split(",") if name.strip()]
-    values = isoform.plan(config, set=settings or [], seeds=seeds, arms=some, attempt=attempt)
+    values = isoform.plan(config, set=settings or [], seeds=seeds, arms=_names(arms), attempt=attempt)
     _print_json(values) if as_json else print_plan(values, _console())
 
 

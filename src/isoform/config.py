@@ -16,6 +16,12 @@ from isoform.errors import ConfigError
 from isoform.registry import explain, nearest, note_read
 
 NAME = r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$"
+# Fields of `train` of which one at most is given.
+EITHER = (
+    ("max_epochs", "max_steps"),
+    ("batch_sequences", "batch_tokens"),
+    ("evaluate_every_steps", "evaluate_every_epochs"),
+)
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -170,12 +176,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> TrainConfig:
-        if self.max_epochs is not None and self.max_steps is not None:
-            raise ValueError("`max_epochs` and `max_steps` are both given; keep one")
-        if self.batch_sequences is not None and self.batch_tokens is not None:
-            raise ValueError("`batch_sequences` and `batch_tokens` are both given; keep one")
-        if self.evaluate_every_steps is not None and self.evaluate_every_epochs is not None:
-            raise ValueError("`evaluate_every_steps` and `evaluate_every_epochs` are both given; keep one")
+        for first, second in EITHER:
+            if getattr(self, first) is not None and getattr(self, second) is not None:
+                raise ValueError(f"`{first}` and `{second}` are both given; keep one")
         return self
 
 

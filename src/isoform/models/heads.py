@@ -169,6 +169,18 @@ def build(shape: Shape, config: Any) -> ClassificationHead | None:
     return ClassificationHead(own, config.classifier, config.width, getattr(config, "norm_eps", 1e-5))
 
 
+def kept(model: Any, labels: tuple[str, ...], **reading: Any) -> Any:
+    """The model with the classifier that it has, which remembers how texts were read this time.
+
+    Raises: ConfigError where it decides among other labels.
+    """
+    has: Classifier = model.config.classifier
+    if has.labels != labels:
+        raise ConfigError(f"model.classifier.labels: {has.labels} given, {labels} is expected")
+    model.config = model.config.model_copy(update={"classifier": has.model_copy(update=reading)})
+    return model
+
+
 def attach(model: Any, wanted: Classifier, seed: int) -> Any:
     """The model with a classifier in place of its other heads; what is new is drawn from the seed.
 

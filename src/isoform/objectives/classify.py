@@ -143,14 +143,9 @@ class Classify(Edged):
 
     def fitted(self, model: Any, seed: int) -> Any:
         """The model with a classifier for these labels: its own, or a fresh one drawn from the seed."""
-        has: Classifier | None = model.config.classifier
-        if has is not None and not self.config.new_head:
-            if has.labels != self.labels:
-                raise ConfigError(f"model.classifier.labels: {has.labels} given, {self.labels} is expected")
-            how = {"second": self.config.second, "max_tokens": self.max_tokens, "keep": self._keep}
-            read = has.model_copy(update=how)
-            model.config = model.config.model_copy(update={"classifier": read})
-            return model
+        reading: dict[str, Any] = {"second": self.config.second, "max_tokens": self.max_tokens, "keep": self._keep}
+        if model.config.classifier is not None and not self.config.new_head:
+            return heads.kept(model, self.labels, **reading)
         shape: heads.Shape = type(model).classifier_shape
         rate = self.config.dropout
         wanted = Classifier(
@@ -158,9 +153,7 @@ class Classify(Edged):
             task=self.config.task,
             pooling=self.config.pooling or shape.poolings[0],
             dropout=shape.dropout(model.config) if rate is None else rate,
-            second=self.config.second,
-            max_tokens=self.max_tokens,
-            keep=self._keep,
+            **reading,
         )
         return heads.attach(model, wanted, seed)
 

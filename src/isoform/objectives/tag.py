@@ -123,13 +123,8 @@ class Tag(Edged):
 
     def fitted(self, model: Any, seed: int) -> Any:
         """The model with a classifier of words for these tags: its own, or a fresh one drawn from the seed."""
-        has: Classifier | None = model.config.classifier
-        if has is not None and not self.config.new_head:
-            if has.labels != self.labels:
-                raise ConfigError(f"model.classifier.labels: {has.labels} given, {self.labels} is expected")
-            read = has.model_copy(update={"max_tokens": self.max_tokens})
-            model.config = model.config.model_copy(update={"classifier": read})
-            return model
+        if model.config.classifier is not None and not self.config.new_head:
+            return heads.kept(model, self.labels, max_tokens=self.max_tokens)
         wanted = Classifier(labels=self.labels, pooling="none", max_tokens=self.max_tokens)
         rate = self.config.dropout
         shape: heads.Shape = type(model).classifier_shape.of(wanted)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from isoform.config import RunConfig, run_config
+from isoform.config import EITHER, RunConfig, run_config
 from isoform.errors import ConfigError, DataError
 from isoform.studies.audit_rows import DEAD, Level, Pair, Row, pairs, row, stepped, trained
 from isoform.studies.layout import Layout, begins_from_arm, flat
@@ -55,12 +55,6 @@ SCORED = ("data.dev", "data.test")
 # Keys that say which component a section is; the section's other options belong to it.
 KINDS = ("kind", "family", "from")
 MISSING = object()
-# Options of which one at most is given: two arms that differ in both differ in one thing.
-EITHER = (
-    (("train", "max_epochs"), ("train", "max_steps")),
-    (("train", "batch_sequences"), ("train", "batch_tokens")),
-    (("train", "evaluate_every_steps"), ("train", "evaluate_every_epochs")),
-)
 
 
 @dataclass(frozen=True)
@@ -168,7 +162,8 @@ def changes(ours: dict[str, RunConfig], theirs: dict[str, RunConfig]) -> Iterato
 
 def _together(places: dict[Path, list[str]]) -> Iterator[tuple[tuple[Path, ...], list[str]]]:
     """Each option with its stages; two that exclude each other, and differ in the same stages, as one."""
-    pairs = [pair for pair in EITHER if all(path in places for path in pair) and places[pair[0]] == places[pair[1]]]
+    exclusive = [tuple(("train", name) for name in names) for names in EITHER]
+    pairs = [pair for pair in exclusive if all(path in places for path in pair) and places[pair[0]] == places[pair[1]]]
     for path, stages in places.items():
         pair = next((pair for pair in pairs if path in pair), (path,))
         if path == pair[0]:

@@ -169,11 +169,15 @@ class Layout:
         return self._data[key]
 
 
-def some_arms(study: StudyConfig, names: Sequence[str]) -> StudyConfig:
+def some_arms(study: StudyConfig, names: Sequence[str] | None) -> StudyConfig:
     """The study of these arms, and of those whose models they ask for, in its order, with the questions about them.
+
+    names: None: all of it.
 
     Raises: ConfigError for a name that is no arm, or no name.
     """
+    if names is None:
+        return study
     layout = Layout(study, [study.seed], "", "")
     wanted: set[str] = set()
 
@@ -195,7 +199,7 @@ def some_arms(study: StudyConfig, names: Sequence[str]) -> StudyConfig:
     kept = {
         "arms": {name: arm for name, arm in study.arms.items() if name in wanted},
         "questions": [question for question in study.questions if set(question.pair) <= wanted],
-        "published": [row for row in study.published if row.get("arm", None) in {None, *wanted}],
+        "published": [row for row in study.published if row.get("arm") in {None, *wanted}],
     }
     return study.model_copy(update=kept)
 

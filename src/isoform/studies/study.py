@@ -47,7 +47,7 @@ def study(
     Raises: ConfigError, DataError, AuditError (exit 10, before anything is trained where that can be known), Stopped.
     """
     whole = study_config(values)
-    config = whole if arms is None else some_arms(whole, arms)
+    config = some_arms(whole, arms)
     with locked(folder):
         began = time.monotonic()
         record = _record(folder, whole, command, say)
