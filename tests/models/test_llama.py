@@ -178,6 +178,8 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
         ("llama", {"sliding_window": 8}, r"sliding_window is 8 and is not known for llama"),
         ("llama", {"atention_bias": True}, r"atention_bias is True .* \(did you mean 'attention_bias'\?\)"),
         ("llama", {"rope_interleaved": True}, r"rope_interleaved is True"),
+        ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor is 0\.5, 1\.0 is expected"),
+        ("mistral", {"rope_parameters": {"partial_rotary_factor": 0.5}}, r"partial_rotary_factor is 0\.5"),
         ("llama", {"quantization_config": {"bits": 4}}, r"quantization_config is .* not known for llama"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, r"'dynamic' turns by the length"),
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, r"rope_type 'longrope' given; default, linear"),

@@ -118,6 +118,9 @@ def read_config(given: Mapping[str, Any]) -> dict[str, Any]:
     values = {name: given.get(name, default) for name, default in defaults.items()}
     longest = values["max_position_embeddings"]
     kind = _kind(values["hidden_act"])
+    position = rope_position(given, base=defaults["rope_theta"], fraction=1.0, max_positions=longest)
+    # transformers turns whole heads here, whatever the field says.
+    expect({"partial_rotary_factor": position["fraction"]}, "partial_rotary_factor", 1.0, None)
     return {
         "vocab_size": values["vocab_size"],
         "width": values["hidden_size"],
@@ -128,7 +131,7 @@ def read_config(given: Mapping[str, Any]) -> dict[str, Any]:
         "head_width": values["head_dim"],
         "max_positions": longest,
         "norm": {"kind": "rmsnorm", "eps": values["rms_norm_eps"]},
-        "position": rope_position(given, base=defaults["rope_theta"], fraction=1.0, max_positions=longest),
+        "position": position,
         "feedforward": _mixture(values, kind) if model_type == "mixtral" else {"kind": kind},
         "attention_dropout": values["attention_dropout"],
         "tied": values["tie_word_embeddings"],
