@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
 import shutil
-from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from sacrebleu.metrics import BLEU, CHRF
@@ -115,13 +115,24 @@ def test_chrf_and_bleu_are_measured_and_kept_for_each_example(make_t5, tmp_path)
     assert values["bleu"] == pytest.approx(BLEU().corpus_score(said, [gold]).score)
 
 
-def test_the_recipe_reads_the_captions(tmp_path) -> None:
-    folder = Path(os.environ.get("ISOFORM_DATA", "")) / "multi30k"
-    if "ISOFORM_DATA" not in os.environ or not folder.is_dir():
-        pytest.skip("ISOFORM_DATA names no folder with multi30k; its captions are not part of the project")
-    small = ["train.max_epochs=0.1", "train.batch_tokens=512", "data.max_documents=200", "evaluate.max_new_tokens=4"]
-    rows = isoform.train("translate", set=[f"data.root={folder}", *small], out=tmp_path / "run")
-    assert {row["metric"] for row in rows} == {"chrf", "bleu", "loss"}
+def test_the_recipe_translates(tmp_path) -> None:
+    people, things = (
+        ("A man", "A girl", "Two dogs", "An old woman"),
+        ("a ball", "a red kite", "the river", "three birds"),
+    )
+    deeds = {"train": ("sees", "holds", "draws", "follows"), "validation": ("paints",), "test": ("watches",)}
+    for split, verbs in deeds.items():
+        said = [f"{who} {verb} {what} by the sea." for who in people for verb in verbs for what in things]
+        pairs = {"source": said, "target": [text.upper() for text in said]}
+        pq.write_table(pa.table(pairs), tmp_path / f"multi30k_en_de_{split}.parquet")
+    small = ["model.num_layers=1", "model.width=32", "model.head_width=8", "model.feedforward_width=32"]
+    short = ["train.max_epochs=2", "train.batch_tokens=1024", "trials.train.max_epochs=1", "evaluate.max_new_tokens=4"]
+    settings = [f"data.root={tmp_path}", "text.tokenizer.vocab_size=320", "train.precision=fp32", *small, *short]
+    results = isoform.study("translate", set=settings, seeds=1, jobs=1, out=tmp_path / "study")
+    for arm in results["arms"]:
+        assert {row["metric"] for row in arm["runs"][0]["metrics"]} == {"chrf", "bleu", "loss"}
+        assert [trial["value"] for trial in arm["tuning"]], "a rate of its own"
+    assert results["questions"][0]["verdict"] in ("cannot-tell", "better", "worse")
 
 
 def test_a_resume_ends_bit_equal(make_t5, tmp_path, monkeypatch) -> None:
