@@ -17,7 +17,16 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from isoform import registry, storage
 from isoform.checkpoints import tensors
@@ -161,6 +170,39 @@ def test_transformers_loads_what_we_save_and_gives_our_logits(
         assert getattr(theirs.config, f"{role}_token_id") == expected
         assert getattr(theirs.generation_config, f"{role}_token_id") == expected
     assert theirs.generation_config.max_length == 128
+
+
+def test_what_was_loaded_is_saved_as_it_was(tmp_path: Path, saved: Path, equal_tensors: Any) -> None:
+    (saved / "manifest.json").unlink()
+    settings = {**storage.read_json(saved / "generation_config.json"), "temperature": 0.7, "top_k": 40}
+    storage.write_json(saved / "generation_config.json", settings)
+    load_model(saved).save(tmp_path / "again")
+    assert storage.read_json(tmp_path / "again" / "generation_config.json") == settings
+    again = load_model(tmp_path / "again")
+    assert again.info["extra"] == {"labels": ["no", "yes"]} and again.info["verified"]
+    assert equal_tensors(again.model.state_dict(), load_model(saved).model.state_dict())
+
+
+def test_precisions_and_special_ids_of_a_folder_without_a_tokenizer_are_kept(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    half = T5ForConditionalGeneration(T5Config(**sizes)).half()
+    for name, parameter in half.named_parameters():
+        if name.endswith(".wo.weight"):  # which transformers keeps in float32
+            parameter.data = parameter.data.float()
+    half.save_pretrained(tmp_path / "half")
+    load_model(tmp_path / "half").save(tmp_path / "half again")
+    before, after = (tensors.read_model(tmp_path / name) for name in ("half", "half again"))
+    assert {tensor.dtype for tensor in before.values()} == {torch.float16, torch.float32}
+    assert {name: tensor.dtype for name, tensor in before.items()} == {n: tensor.dtype for n, tensor in after.items()}
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    sizes = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    modern = ModernBertForMaskedLM(ModernBertConfig(**sizes, num_attention_heads=4, local_attention=8, **ids))
+    modern.save_pretrained(tmp_path / "modern")
+    load_model(tmp_path / "modern").save(tmp_path / "modern again")
+    config = ModernBertForMaskedLM.from_pretrained(tmp_path / "modern again").config
+    assert {name: getattr(config, name) for name in ids} == ids
 
 
 def test_without_a_hugging_face_form_the_folder_is_native_and_says_why(

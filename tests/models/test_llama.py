@@ -185,6 +185,8 @@ def test_an_expert_that_is_missing_is_named(tmp_path: Path) -> None:
         ("llama", {"rope_parameters": {"rope_type": "longrope"}}, r"rope_type 'longrope' given; default, linear"),
         ("llama", {"rope_parameters": {"rope_type": "llama3", "factor": 2.0}}, r"rope_parameters.low_freq_factor is"),
         ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "beta": 1}}, r"rope_parameters.beta is"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}, r"factor is 4.0 by rope_scaling and None by"),
+        ("llama", {"rope_scaling": {"rope_type": "default", "rope_theta": 5.0}}, r"rope_theta is 5.0 by rope_scaling"),
         ("mixtral", {"router_jitter_noise": 0.1}, r"router_jitter_noise is 0.1"),
     ],
 )
@@ -198,6 +200,8 @@ def test_configs_of_every_generation() -> None:
     old = {"model_type": "llama", "rope_theta": 300.0, "rope_scaling": {"type": "linear", "factor": 2.0}}
     assert Llama.from_hf(old).position == Llama.Config(position={"kind": "rope", "base": 300.0, "scale": 2.0}).position
     assert Llama.from_hf({"model_type": "llama"}).position["base"] == 10_000
+    twice = {**old, "rope_parameters": {"rope_type": "linear", "rope_theta": 300.0, "factor": 2.0}}
+    assert Llama.from_hf(twice) == Llama.from_hf(old)
     assert Llama.from_hf({"model_type": "mistral"}).window == 4096
     assert Llama.from_hf({"model_type": "mistral", "sliding_window": None}).window is None
     mixtral = Llama.from_hf({"model_type": "mixtral"})

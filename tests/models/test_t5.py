@@ -192,6 +192,19 @@ def hf_model(form: str) -> T5ForConditionalGeneration:
     return model
 
 
+def test_a_v11_without_a_head_of_its_own_stays_tied(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    hf = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu", tie_word_embeddings=False))
+    hf.save_pretrained(tmp_path / "theirs")
+    loaded = load_model(tmp_path / "theirs")
+    assert loaded.config.tied and not loaded.config.scaled
+    loaded.save(tmp_path / "ours")
+    assert set(read_model(tmp_path / "theirs")) == set(read_model(tmp_path / "ours"))
+    again = T5ForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert again.config.scale_decoder_outputs is False
+    assert load_model(tmp_path / "ours").config == loaded.config
+
+
 def their_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import isoform
 from isoform.config import run_config
 from isoform.errors import ConfigError, DataError, LockedError, NonFiniteError, Stopped
-from isoform.storage import locked, read_json, read_jsonl
+from isoform.storage import locked, read_json, read_jsonl, write_json
 from isoform.training import logs
 from isoform.training import run as run_module
 from isoform.training.guards import Interrupts
@@ -393,3 +393,19 @@ def test_a_tracker_that_cannot_be_opened_or_closed_ends_no_run(make, tmp_path, m
     assert run.manifest["complete"]
     dropped = [row["reason"] for row in read_jsonl(run.folder / "events.jsonl") if row["event"] == "tracker-dropped"]
     assert dropped == ["no route to host", "no room"]
+
+
+def test_how_a_model_generates_goes_on_through_its_training(make, tmp_path):
+    first = train(make({"train": {"max_steps": 2}}), tmp_path / "first", quiet=True).folder / "final"
+    own = read_json(first / "generation_config.json")["eos_token_id"]
+    (first / "manifest.json").unlink()
+    write_json(first / "generation_config.json", {"eos_token_id": [own + 1, 0], "do_sample": True, "top_p": 0.9})
+    values = make({"train": {"max_steps": 2}}).model_dump() | {"model": {"from": str(first)}}
+    values["text"]["tokenizer"] = {"kind": "from-model"}
+    second = train(run_config(values), tmp_path / "second", quiet=True).folder
+    for name in ("final", "last", "best-loss"):
+        said = read_json(second / name / "generation_config.json")
+        assert (said["do_sample"], said["top_p"]) == (True, 0.9)
+        assert said["eos_token_id"] == [own + 1, 0, own]
+    theirs = AutoModelForCausalLM.from_pretrained(second / "final").generation_config
+    assert (theirs.top_p, theirs.eos_token_id) == (0.9, [own + 1, 0, own])

@@ -108,7 +108,7 @@ def test_a_state_never_names_a_best_model_that_was_not_written(make, tmp_path, m
     train(config, clean, quiet=True)
     write = saving.save_model
 
-    def refusing(folder, *rest):
+    def refusing(folder, *rest, **options):
         full() if folder.parent == broken and folder.exists() else write(folder, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(DiskError, match="no space"):

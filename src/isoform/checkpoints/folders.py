@@ -43,7 +43,8 @@ class LoadedModel:
 
     info: `path`; `extra`, what `save_model` was given; `verified`, whether a manifest was there to check the files by;
     `hf_config`, the config.json that was read; `tokenizer`, why there is no tokenizer; `generation`, the folder's
-    generation_config.json; `packed`, how many tensors of a .gguf file are packed in which way.
+    generation_config.json; `dtypes`, of each stored tensor, where there are several; `packed`, how many tensors of a
+    .gguf file are packed in which way.
     """
 
     model: Any
@@ -51,6 +52,18 @@ class LoadedModel:
     family: str
     config: Any
     info: dict[str, Any]
+
+    def save(self, folder: str | Path) -> None:
+        """Writes the model folder that this is, Hugging Face's wherever there is such a form; whole or not at all.
+
+        Label names, generation config, the precision of each tensor where there were several, and the special ids of
+        its config.json where there is no tokenizer go along. Raises: DiskError where it does not fit or may not be
+        written.
+        """
+        info = self.info
+        ids = {name: value for name, value in info["hf_config"].items() if name.endswith("_token_id")}
+        extra, generation, dtypes = info["extra"], info.get("generation"), info.get("dtypes")
+        save_model(Path(folder), self.model, self.tokenizer, extra=extra, generation=generation, ids=ids, dtypes=dtypes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +88,27 @@ def save_model(
     tokenizer: Tokenizer | None,
     *,
     extra: dict[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
+    ids: Mapping[str, Any] | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
     max_shard_bytes: int = tensors.MAX_SHARD_BYTES,
 ) -> None:
     """Writes a model folder, whole or not at all; `extra` is kept in isoform.json (label names, where it came from).
 
+    generation: the generation_config.json of the model that this one was; its sampling and its ids go on.
+    ids: the special ids of config.json where there is no tokenizer to ask. dtypes: of tensors, by their names on disk;
+        the others as they are in the model.
     Of an adapted model: the folder of its active adapter; its base stands elsewhere.
 
     Raises: DiskError where it does not fit or may not be written.
     """
-    form = disk_form(model, tokenizer)
+    form = disk_form(model, tokenizer, ids)
+    for name, dtype in (dtypes or {}).items():
+        if name in form.weights:
+            form.weights[name] = form.weights[name].to(dtype)
     storage.require_free(folder, tensors.num_bytes(form.weights) + 10_000_000)
     with storage.staged_folder(folder) as staged:
-        write_files(staged, model, tokenizer, form, extra=extra, max_shard_bytes=max_shard_bytes)
+        write_files(staged, model, tokenizer, form, extra=extra, generation=generation, max_shard_bytes=max_shard_bytes)
         manifest.write(staged)
 
 
@@ -109,7 +131,7 @@ def save_base(folder: Path, model: Any, tokenizer: Tokenizer | None) -> None:
     save_model(folder, base, tokenizer, extra={"base_fingerprint": fingerprint})
 
 
-def disk_form(model: Any, tokenizer: Tokenizer | None) -> Form:
+def disk_form(model: Any, tokenizer: Tokenizer | None, ids: Mapping[str, Any] | None = None) -> Form:
     """The Hugging Face form of a model where its family has one, else its own names under a native config."""
     if active_adapter(model) is not None:
         return Form(*adapters.peft_form(model), adapter=True)
@@ -121,9 +143,8 @@ def disk_form(model: Any, tokenizer: Tokenizer | None) -> Form:
         config = dict(config)
         reason = None
     config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    if tokenizer is not None:
-        # What the model's own form says of an id (RoBERTa's positions hang on the padding's) is not the tokenizer's.
-        config = {**_special_ids(tokenizer, model), **config}
+    # What the model's own form says of an id (RoBERTa's positions hang on the padding's) is not the tokenizer's.
+    config = {**(_special_ids(tokenizer, model) if tokenizer is not None else ids or {}), **config}
     return Form(config, weights, reason)
 
 
@@ -134,9 +155,10 @@ def write_files(
     form: Form,
     *,
     extra: dict[str, Any] | None = None,
+    generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = tensors.MAX_SHARD_BYTES,
 ) -> None:
-    """Writes every file of a model folder but its manifest."""
+    """Writes every file of a model folder but its manifest; arguments as of `save_model`."""
     if form.adapter:
         storage.write_json(folder / adapters.CONFIG, form.config)
         tensors.write_tensors(folder / adapters.WEIGHTS, form.weights)
@@ -146,10 +168,7 @@ def write_files(
     if tokenizer is not None:
         tokenizer.save(folder)
         if not form.adapter and model.capabilities & {"causal", "encoder-decoder"}:
-            longest = {} if model.max_positions is None else {"max_length": model.max_positions}
-            storage.write_json(
-                folder / "generation_config.json", {**_special_ids(tokenizer, model), **ends(tokenizer), **longest}
-            )
+            storage.write_json(folder / "generation_config.json", _generation(tokenizer, model, generation or {}))
     about = {
         "family": family_of(model),
         "config": model.config.model_dump(mode="json"),
@@ -159,6 +178,16 @@ def write_files(
         **({"base_fingerprint": base_fingerprint(model)} if form.adapter else {}),
     }
     storage.write_json(folder / "isoform.json", about)
+
+
+def _generation(tokenizer: Tokenizer, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """generation_config.json: what was given, and each id that ends a text, by that, the tokenizer or its template."""
+    longest = {} if model.max_positions is None else {"max_length": model.max_positions}
+    made = {**_special_ids(tokenizer, model), **ends(tokenizer), **longest}
+    said = {name: value for name, value in given.items() if value is not None and not name.startswith("_")}
+    stops = [ids for ids in (said.get("eos_token_id"), made["eos_token_id"]) if ids is not None]
+    every = list(dict.fromkeys(index for ids in stops for index in (ids if isinstance(ids, list) else [ids])))
+    return {**made, **said, "eos_token_id": every if len(every) > 1 else every[0] if every else None}
 
 
 def family_of(model: Any) -> str:
@@ -246,6 +275,9 @@ def _load_whole(folder: Path, dtype: torch.dtype | None, device: str | torch.dev
     model = _filled(cls(config, seed=None), weights, str(folder), dtype, device)
     tokenizer, reason = _load_tokenizer(folder, config)
     info = {"path": str(folder), "extra": extra, "verified": verified, "hf_config": hf_config, "tokenizer": reason}
+    dtypes = tensors.stored_dtypes(folder)
+    if len(set(dtypes.values())) > 1:
+        info["dtypes"] = dtypes
     if (folder / "generation_config.json").is_file():
         info["generation"] = read_object(folder / "generation_config.json")
     return LoadedModel(model, tokenizer, family, config, info)

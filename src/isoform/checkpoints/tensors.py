@@ -189,6 +189,13 @@ def stored_names(folder: Path) -> list[str]:
     return [str(name) for name in weight_map] if isinstance(weight_map, dict) else []
 
 
+def stored_dtypes(folder: Path) -> dict[str, torch.dtype]:
+    """The precision of each tensor of a model folder, from the headers alone. Raises: CheckpointError."""
+    single = (folder / SINGLE).is_file()
+    shards = [SINGLE] if single else sorted(set(read_object(folder / INDEX)["weight_map"].values()))
+    return {name: dtype for shard in shards for name, (dtype, _) in read_header(folder / shard).items()}
+
+
 def read_object(path: Path, *, max_bytes: int = 50_000_000) -> dict[str, Any]:
     """A JSON file that holds one object. Raises: CheckpointError that names the file."""
     try:

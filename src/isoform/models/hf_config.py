@@ -50,14 +50,13 @@ def expect(given: Mapping[str, Any], field: str, *expected: Any) -> None:
 def rope_position(given: Mapping[str, Any], *, base: float, fraction: float, max_positions: int) -> dict[str, Any]:
     """Our options of `rope` from a config.json in any of its generations; base, fraction: where it says nothing.
 
-    Raises: ConfigError naming a kind of scaling that cannot be followed.
+    Raises: ConfigError naming a kind of scaling that cannot be followed, or a field that is given twice.
     """
-    rope = {**(given.get("rope_scaling") or {}), **(given.get("rope_parameters") or {})}
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    rope.pop("type", None)
+    rope = _rope_fields(given, base)
+    kind = rope.pop("rope_type")
     options: dict[str, Any] = {
         "kind": "rope",
-        "base": rope.pop("rope_theta", given.get("rope_theta", given.get("rotary_emb_base", base))),
+        "base": rope.pop("rope_theta"),
         "fraction": rope.pop("partial_rotary_factor", given.get("partial_rotary_factor", fraction)),
     }
     trained = {"original_positions": rope.pop("original_max_position_embeddings", max_positions)}
@@ -80,6 +79,27 @@ def rope_position(given: Mapping[str, Any], *, base: float, fraction: float, max
     if left:
         raise ConfigError(f"config.json: rope_parameters.{left[0]} is not known for rope_type {kind!r}")
     return options
+
+
+def _rope_fields(given: Mapping[str, Any], base: float) -> dict[str, Any]:
+    """What `rope_scaling` (older) or `rope_parameters` says, with the kind under `rope_type` and the base in it."""
+    theta = given.get("rope_theta", given.get("rotary_emb_base", base))
+    said = []
+    for field in ("rope_scaling", "rope_parameters"):
+        part = {name: value for name, value in (given.get(field) or {}).items() if value is not None}
+        if part:
+            older = part.pop("type", "default")
+            said.append({"rope_type": older, "rope_theta": theta, **part})
+    said = said or [{"rope_type": "default", "rope_theta": theta}]
+    # transformers follows the older field alone, and the newer is what it writes
+    first, last = said[0], said[-1]
+    for name in sorted({*first, *last}):
+        if first.get(name) != last.get(name):
+            raise ConfigError(
+                f"config.json: {name} is {first.get(name)!r:.60} by rope_scaling and {last.get(name)!r:.60} by "
+                "rope_parameters; remove the wrong one of the two fields from a copy"
+            )
+    return first
 
 
 def _taken(rope: dict[str, Any], field: str) -> Any:

@@ -188,12 +188,9 @@ class T5(nn.Module):
     @classmethod
     def state_from_hf(cls, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors under our names. Raises: CheckpointError naming what is unknown, missing or not ours."""
-        ours = cls.from_hf(config)
+        ours = cls.from_hf({"tensor_names": list(tensors), **config})
         with torch.device("meta"):
             expected = cls(ours, seed=None).state_dict()
-        if not ours.tied and "lm_head.weight" not in tensors and "shared.weight" in tensors:
-            # transformers 5 calls every head tied; where none was saved, it is the embedding.
-            tensors = {**tensors, "lm_head.weight": tensors["shared.weight"]}
         return names.to_ours(tensors, t5_forms.table(ours), 1, expected)
 
     def state_to_hf(self) -> dict[str, Tensor]:

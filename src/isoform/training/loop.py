@@ -85,7 +85,7 @@ class Loop:
             self.names = trained_parameters(run.model, run.objective)  # others now, under the same names
         else:
             self.module = accelerator.prepare(self.module)
-        self.writer = Writer(log.event)
+        self.writer = Writer(log.event, run.generation)
         self.feed = self._feed()
         self.state = RunState()
         self.silent = set(self.names)

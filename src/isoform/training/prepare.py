@@ -78,6 +78,8 @@ class Prepared:
     # data, tokenizer, and each model that the objective needs beside the trained one
     objectives: dict[str, Objective] = field(default_factory=dict)
     # of the splits that are scored at a length of their own
+    generation: Mapping[str, Any] | None = None
+    # generation_config.json of the model that this one begins as
 
     def factor(self, step: int) -> float:
         """The schedule's share of the peak rate at `step`."""
@@ -209,6 +211,7 @@ def prepare(
         objectives=objectives,
         datasets=datasets,
         model=model.to(device),
+        generation=None if loaded is None else loaded.info.get("generation"),
         batch_plan=batch_plan,
         num_steps=num_steps,
         schedule=schedule_class(schedule_options),

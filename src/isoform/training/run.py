@@ -256,7 +256,7 @@ def _score_once(
 ) -> RunResult:
     """Writes the folder of a model that is what it is: scored once, at step 0."""
     write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
-    save_model(folder / "final", run.model, run.tokenizer)
+    save_model(folder / "final", run.model, run.tokenizer, generation=run.generation)
     rows = score_all(run, run.model, splits, folder, manifest)
     track_scores(run.config.track, folder, run.config.name, run.resolved, rows)
     write_json(folder / "eval.json", rows)
@@ -378,7 +378,7 @@ def _finish(run: Prepared, folder: Path, scalars: dict[str, Any], manifest: dict
             f"train.select: {select.metric} on {select.split} was never a number, so no checkpoint can be chosen; "
             "look at events.jsonl"
         )
-    save_model(folder / "last", run.model, run.tokenizer)
+    save_model(folder / "last", run.model, run.tokenizer, generation=run.generation)
     splits = run.config.evaluate.splits or [name for name in run.datasets if name != "train"]
     scored: dict[int, list[dict[str, Any]]] = {}
     selections = {}
@@ -389,7 +389,7 @@ def _finish(run: Prepared, folder: Path, scalars: dict[str, Any], manifest: dict
             target = folder if name == final else folder / name
             scored[step] = score_all(run, model, splits, target, manifest)
         selections[name] = {"step": step, "rows": scored[step]}
-    save_model(folder / "final", load_model(folder / final).model, run.tokenizer)
+    save_model(folder / "final", load_model(folder / final).model, run.tokenizer, generation=run.generation)
     write_json(folder / "eval.json", scored[chosen[final]])
     write_json(folder / "selections.json", {"final": final, "selections": selections})
     return scored[chosen[final]]

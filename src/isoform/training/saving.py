@@ -31,11 +31,13 @@ COPY_FRACTION = 1 / 16
 class Writer:
     """Writes models and training states. Raises: DiskError of an earlier one at the next, or at the end.
 
+    generation: as of `save_model`.
     on_event: told as `on_event("checkpoint-lost", problem=...)` of what failed while another error ended the run.
     """
 
-    def __init__(self, on_event: Callable[..., None]) -> None:
+    def __init__(self, on_event: Callable[..., None], generation: Mapping[str, Any] | None = None) -> None:
         self._on_event = on_event
+        self._generation = generation
         self._failed: BaseException | None = None
         # the first job's that failed
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="isoform-save")
@@ -46,7 +48,7 @@ class Writer:
     def model(self, folder: Path, model: nn.Module, tokenizer: Tokenizer, step: int) -> None:
         """`save_model` of the model as it is now, at `step`."""
         taken = self._copy(model, step)
-        self._write(lambda: save_model(folder, taken, tokenizer), taken is model)
+        self._write(lambda: save_model(folder, taken, tokenizer, generation=self._generation), taken is model)
 
     def state(
         self,
