@@ -10,15 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 from sklearn.metrics import confusion_matrix, f1_score
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    pipeline,
+)
 
 import isoform
 from isoform.config import RunConfig, run_config
 from isoform.errors import ConfigError, DataError
 from isoform.reading import apply_settings, merge, read_config
 from isoform.serving.predict import predict, read_inputs, write_answers
+from isoform.registry import build_options, lookup
 from isoform.serving.use import open_model
 from isoform.storage import read_json, read_jsonl
+from isoform.text.tokenizers import train_tokenizer
 from isoform.training.prepare import prepare
 from isoform.training.run import train
 
@@ -84,13 +92,57 @@ def test_the_folder_is_one_of_transformers(folder: Path) -> None:
     texts = [text for text, _ in rows(5, seed=9)]
     found = isoform.predict(folder, texts)
     for text, row in zip(texts, found, strict=True):
-        ids = torch.tensor([[tokenizer.cls_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
-        ids = torch.cat([ids, torch.tensor([[tokenizer.sep_token_id]])], dim=1)
+        ids = tokenizer(text)["input_ids"]
+        assert (ids[0], ids[-1]) == (tokenizer.cls_token_id, tokenizer.sep_token_id)
         with torch.no_grad():
-            shares = theirs(ids).logits.softmax(-1)[0].tolist()
+            shares = theirs(torch.tensor([ids])).logits.softmax(-1)[0].tolist()
         expected = {theirs.config.id2label[at]: share for at, share in enumerate(shares)}
         assert row["input"] == text and row["probabilities"] == pytest.approx(expected, rel=1e-4)
         assert row["label"] == max(expected, key=expected.get)
+
+
+FAMILIES = {
+    "gpt2": {"family": "gpt2", "num_layers": 1, "num_heads": 2, "width": 16},
+    "llama": {"family": "llama", "num_layers": 1, "num_heads": 2, "width": 16},
+    "bert": {"family": "bert", "num_layers": 1, "num_heads": 2, "width": 16},
+    "roberta": {"family": "roberta", "num_layers": 1, "num_heads": 2, "width": 16},
+    "xlnet": {"family": "xlnet", "num_layers": 1, "num_heads": 2, "width": 16},
+}
+
+
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pipeline_of_transformers_says_the_same_of_a_text(family: str, pair: bool, tmp_path: Path) -> None:
+    table = [(text, text.split()[0], label) for text, label in rows(60)]
+    path = write_csv(tmp_path / "my.csv", ["text", "other", "label"], table)
+    decoder = family in ("gpt2", "llama", "xlnet")
+    config = tiny(
+        path,
+        model=FAMILIES[family],
+        text={"tokenizer": {"kind": "bpe" if decoder else "wordpiece"}},
+        objective={"pooling": "last" if decoder else "cls", **({"second": "other"} if pair else {})},
+        train={"max_steps": 2},
+    )
+    folder = train(config, tmp_path / "run", quiet=True).folder
+    theirs = pipeline("text-classification", model=str(folder / "final"), top_k=None)
+    given = [{"text": text, "other": other} if pair else text for text, other, _ in table[:4]]
+    for row, (text, other, _) in zip(isoform.predict(folder, given), table[:4], strict=True):
+        said = theirs([{"text": text, "text_pair": other}] if pair else [text])[0]
+        assert {each["label"]: each["score"] for each in said} == pytest.approx(row["probabilities"], rel=1e-4)
+
+
+def test_a_classifier_from_elsewhere_reads_what_it_was_tuned_on(tmp_path: Path) -> None:
+    options = build_options(lookup("tokenizer", "bpe"), {"special": ["pad", "bos", "eos"], "vocab_size": 300}, "text")
+    tokenizer = train_tokenizer("bpe", options, [text for text, _ in rows(40)])
+    sizes = {"vocab_size": tokenizer.vocab_size, "n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 64}
+    theirs = GPT2ForSequenceClassification(GPT2Config(**sizes, num_labels=2, pad_token_id=0)).eval()
+    theirs.config.id2label = {0: "no", 1: "yes"}
+    theirs.save_pretrained(tmp_path)
+    tokenizer.save(tmp_path)
+    said = pipeline("text-classification", model=str(tmp_path), top_k=None)
+    for row in isoform.predict(tmp_path, [text for text, _ in rows(3)]):
+        expected = {each["label"]: each["score"] for each in said([row["input"]])[0]}
+        assert row["probabilities"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_predictions_of_a_file_stream_to_a_file(folder: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from isoform.contracts import (
 from isoform.errors import ConfigError, DataError
 from isoform.models import heads
 from isoform.models.heads import Classifier, Keep, Pooling, Task
-from isoform.objectives.fields import Edged, cut_to_fit, needed, place, required_text, tokens_of
+from isoform.objectives.fields import Edged, cut_to_fit, needed, place, required_text
 from isoform.registry import Options, nearest, register
 
 # Where the labels of an example, or the bits of its number, are kept among its fields.
@@ -162,7 +162,7 @@ class Classify(Edged):
     @property
     def _room(self) -> int:
         """Tokens of text that fit between the edges."""
-        return self.max_tokens - len(self.begin) - len(self.end) * len(self.inputs)
+        return self.max_tokens - self.frame.num_added(len(self.inputs))
 
     @property
     def _keep(self) -> Keep:
@@ -189,10 +189,8 @@ class Classify(Edged):
     def view(self, encoded: Encoded) -> Sample:
         """What the model reads of a text or a pair, without its label."""
         parts = cut_to_fit([encoded.fields[field] for field in self.inputs], self._room, self._keep)
-        pieces = [tokens_of(part, self.end) for part in parts]
-        pieces[0] = tokens_of(self.begin, pieces[0])
-        which = np.concatenate([np.full(len(piece), at, dtype=np.int32) for at, piece in enumerate(pieces)])
-        return Sample(encoded.id, tokens_of(*pieces), segments=which if len(pieces) > 1 else None)
+        tokens, segments = self.frame.around(parts)
+        return Sample(encoded.id, tokens, segments=segments if len(parts) > 1 or segments.any() else None)
 
     def prompt(self, encoded: Encoded) -> Prompt | None:
         return None

@@ -12,6 +12,7 @@ from isoform.contracts import Document, Encoded, IntArray, Tokenizer
 from isoform.errors import ConfigError, DataError
 from isoform.models.heads import Keep
 from isoform.registry import nearest
+from isoform.text.frames import Frame
 
 # What begins and ends a text that is read from both sides: the first of these roles that the tokenizer has.
 BEGIN, END = ("cls", "bos"), ("sep", "eos")
@@ -59,20 +60,33 @@ def edge_ids(tokenizer: Tokenizer, roles: Sequence[str], wanted: bool | None, wh
 
 
 class Edged:
-    """An objective whose option `edges` says whether special tokens stand around what is read."""
+    """An objective whose option `edges` says whether special tokens stand around what is read.
+
+    Which ones, the tokenizer's file says where it lays any around a text, so that others read the same; else roles do.
+    """
 
     config: Any
     tokenizer: Tokenizer
 
     @cached_property
-    def begin(self) -> tuple[int, ...]:
-        """Ids before a text, window or sentence: none or one."""
-        return edge_ids(self.tokenizer, BEGIN, self.config.edges, "objective.edges")
+    def frame(self) -> Frame:
+        """What stands around a text, and around a pair."""
+        wanted = self.config.edges
+        own: Frame | None = getattr(self.tokenizer, "frame", None)
+        if own is not None and wanted is not False:
+            return own
+        begin, end = (edge_ids(self.tokenizer, roles, wanted, "objective.edges") for roles in (BEGIN, END))
+        return Frame.of_edges(begin, end)
 
-    @cached_property
+    @property
+    def begin(self) -> tuple[int, ...]:
+        """Ids before a text, window or sentence."""
+        return self.frame.before
+
+    @property
     def end(self) -> tuple[int, ...]:
-        """Ids after each: none or one."""
-        return edge_ids(self.tokenizer, END, self.config.edges, "objective.edges")
+        """Ids after each."""
+        return self.frame.after
 
 
 class Decoded:

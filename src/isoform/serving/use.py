@@ -99,6 +99,11 @@ def open_model(
             limit = max_tokens or classifier.max_tokens or limit
             if classifier.pooling == "none":
                 objective_section = {"kind": "tag", "labels": list(classifier.labels)}
+            if (
+                getattr(loaded.tokenizer, "frame", None) is None
+                and not (Path(loaded.info["path"]) / "isoform.json").is_file()
+            ):
+                objective_section["edges"] = False  # others put around a text what its tokenizer does: nothing
         values = {"text": {"max_tokens": int(limit)}, "model": {"from": str(path)}, "objective": objective_section}
         config = run_config(values)
     if "fits" in loaded.model.capabilities:  # it reads texts whole

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 from isoform import storage
 from isoform.errors import DataError
 from isoform.registry import lookup
+from isoform.text.frames import Frame, own_frame, processor
 from isoform.text.patterns import refuse_slow_patterns
 
 if TYPE_CHECKING:
@@ -84,14 +85,27 @@ class TextTokenizer:
         return [index for index in self.backend.encode("").ids if index == self.special_ids.get("bos")]
 
     @cached_property
+    def frame(self) -> Frame | None:
+        """What the file lays around a text that is read whole; None where it adds nothing."""
+        return own_frame(self.backend)
+
+    def framed(self, frame: Frame) -> TextTokenizer:
+        """The same tokenizer, whose file lays `frame` around texts for whoever reads it by other means."""
+        if frame == self.frame or not frame.num_added(1):
+            return self
+        backend = Backend.from_str(self.backend.to_str())
+        backend.post_processor = processor(backend, frame)
+        return TextTokenizer(backend, self.special, self.chat_template)
+
+    @cached_property
     def sentinel_ids(self) -> tuple[int, ...]:
         """Ids of the special tokens `<extra_id_0>`, `<extra_id_1>` and so on, as far as they go."""
         vocab = self.backend.get_vocab(with_added_tokens=True)
         return tuple(vocab[token] for token in takewhile(vocab.__contains__, map(sentinel, count())))
 
     def fingerprint(self) -> str:
-        """A hash of everything that decides ids."""
-        return storage.fingerprint([self._description, self.special])
+        """A hash of everything that decides ids; what stands around a text is the objective's."""
+        return storage.fingerprint([{**self._description, "post_processor": None}, self.special])
 
     # ------------------------------------------------------------------------------------------------------ text to ids
 

@@ -178,6 +178,9 @@ def prepare(
     _check_scoring(config, objective, set(splits.splits), for_training)
     _check_ability(config, objective, model, family_name)
     model = objective.fitted(model, config.seed)
+    frame = getattr(objective, "frame", None)
+    if frame is not None and isinstance(tokenizer, TextTokenizer):
+        tokenizer = tokenizer.framed(frame)  # whoever reads its file puts the same around a text
     others = other_models(config, objective) if for_training else {}
     if objective.helper is not None and for_training:
         objective.helper.join(others, model, config.seed)
