@@ -22,8 +22,8 @@ import isoform
 from isoform.config import RunConfig, run_config
 from isoform.errors import ConfigError, DataError
 from isoform.reading import apply_settings, merge, read_config
-from isoform.serving.predict import predict, read_inputs, write_answers
 from isoform.registry import build_options, lookup
+from isoform.serving.predict import predict, read_inputs, write_answers
 from isoform.serving.use import open_model
 from isoform.storage import read_json, read_jsonl
 from isoform.text.tokenizers import train_tokenizer
@@ -140,9 +140,10 @@ def test_a_classifier_from_elsewhere_reads_what_it_was_tuned_on(tmp_path: Path) 
     theirs.save_pretrained(tmp_path)
     tokenizer.save(tmp_path)
     said = pipeline("text-classification", model=str(tmp_path), top_k=None)
-    for row in isoform.predict(tmp_path, [text for text, _ in rows(3)]):
-        expected = {each["label"]: each["score"] for each in said([row["input"]])[0]}
-        assert row["probabilities"] == pytest.approx(expected, rel=1e-4)
+    for text, _ in rows(3):
+        (row,) = predict(open_model(tmp_path, precision="fp32"), [text])
+        expected = {each["label"]: each["score"] for each in said([text])[0]}
+        assert row.as_dict()["probabilities"] == pytest.approx(expected, rel=1e-4)
 
 
 def test_predictions_of_a_file_stream_to_a_file(folder: Path, tmp_path: Path) -> None:
