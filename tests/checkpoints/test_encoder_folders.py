@@ -30,7 +30,8 @@ from isoform import storage
 from isoform.checkpoints.folders import load_model, save_model
 from isoform.contracts import Batch, Sequences
 from isoform.errors import CheckpointError
-from isoform.models.bert import Bert, Roberta
+from isoform.models.bert import Bert
+from isoform.models.roberta import Roberta
 from isoform.registry import build_options, lookup
 from isoform.text.tokenizers import train_tokenizer
 

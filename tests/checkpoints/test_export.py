@@ -20,12 +20,13 @@ from isoform.cli import main
 from isoform.errors import CheckpointError, ConfigError
 from isoform.layers.rope_scaling import Llama3
 from isoform.models import heads
-from isoform.models.bert import Bert, Roberta
+from isoform.models.bert import Bert
 from isoform.models.distilbert import DistilBert
 from isoform.models.gpt2 import GPT2
 from isoform.models.llama import Llama
 from isoform.models.lora import Lora, adapter_state
 from isoform.models.modernbert import ModernBert
+from isoform.models.roberta import Roberta
 from isoform.models.t5 import T5
 from isoform.models.xlnet import XLNet
 from isoform.serving.use import open_model

@@ -10,7 +10,8 @@ import torch
 from isoform.contracts import Batch, Sequences
 from isoform.errors import ConfigError
 from isoform.layers import ragged
-from isoform.models.bert import Bert, Roberta
+from isoform.models.bert import Bert
+from isoform.models.roberta import Roberta
 
 LENGTHS = [5, 1, 17, 9, 30]
 VARIANTS: dict[str, dict[str, Any]] = {

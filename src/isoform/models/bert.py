@@ -1,8 +1,7 @@
-"""BERT and RoBERTa: bidirectional encoders with a norm after each arm and a head that guesses masked tokens.
+"""BERT: a bidirectional encoder with a norm after each arm and a head that guesses masked tokens.
 
 What research swaps is an object passed in: position, norm, feed-forward layer, window.
-Source: Devlin et al. 2019, Liu et al. 2019; HF `BertForMaskedLM` and `RobertaForMaskedLM`, with which logits and
-gradients agree.
+Source: Devlin et al. 2019; HF `BertForMaskedLM`, with which logits and gradients agree.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch import Tensor, nn
 
 from isoform.config import Component, Positive
 from isoform.contracts import Batch, Output, Sequences
-from isoform.errors import ConfigError
 from isoform.layers import ragged
 from isoform.layers.block import Block, SelfAttention, Stream
 from isoform.layers.cache import KVCache
@@ -211,46 +209,3 @@ class Bert(nn.Module):
         """A small random model for tests; `changes` go into its config."""
         sizes = {"num_layers": 2, "num_heads": 4, "width": 32, "vocab_size": 61, "max_positions": 48, "dropout": 0.0}
         return cls(cls.Config(**{**sizes, **changes}))
-
-
-@register("model", "roberta")
-class Roberta(Bert):
-    """BERT with one kind of segment, and positions counted from the padding token's id + 1.
-
-    Source: Liu et al. 2019; HF `RobertaForMaskedLM`, whose head always has the exact GELU. Differs: nothing, but that
-    the padding token is a token like any other where a text contains it (there it gets the padding's position).
-    """
-
-    hf_model_types: ClassVar[tuple[str, ...]] = ("roberta",)
-    hugging_face: ClassVar[encoder.HuggingFace] = bert_forms.ROBERTA
-    classifier_shape: ClassVar[heads.Shape] = heads.ROBERTA
-    head_activation: ClassVar[str | None] = "gelu"
-
-    class Config(Bert.Config):
-        num_segments: NonNegativeInt = 1
-        norm: Component = Field({"kind": "layernorm", "eps": 1e-5})
-        padding_id: NonNegativeInt | None = None
-        # the table of positions has padding_id + 1 unused rows before its first; null: the tokenizer's `pad`
-        pooler: Any = "none"
-        # none | plain
-
-        @field_validator("pooler")
-        @classmethod
-        def _known(cls, value: Any) -> Any:
-            if value not in ("none", "plain"):
-                raise ValueError("none or plain is expected; RoBERTa was not trained on pairs of sentences")
-            return value
-
-        @property
-        def position_offset(self) -> int:
-            if self.padding_id is None:
-                raise ConfigError(
-                    "model.padding_id: missing; RoBERTa counts positions from it: give it, or a tokenizer with the "
-                    "special token `pad`"
-                )
-            return self.padding_id + 1
-
-    @classmethod
-    def tiny(cls, **changes: object) -> Bert:
-        """A small random model for tests; `changes` go into its config."""
-        return super().tiny(**{"padding_id": 1, **changes})
