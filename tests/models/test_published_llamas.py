@@ -29,7 +29,13 @@ LLAMA_3 = {
     "max_position_embeddings": 8192,
     "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
 }
-LLAMA_3_2_ROPE = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0}
+
+
+def stretched(factor: float) -> dict[str, Any]:
+    """Positions of Llama 3.1 and 3.2."""
+    turns = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    rope = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": factor, **turns}
+    return {"max_position_embeddings": 131072, "rope_parameters": rope}
 
 
 def shape(layers: int, heads: int, width: int, inner: int) -> dict[str, int]:
@@ -47,26 +53,21 @@ PUBLISHED: dict[str, tuple[Any, Any]] = {
     "llama-33b": (LlamaForCausalLM, LlamaConfig(**shape(60, 52, 6656, 17920))),
     "llama-65b": (LlamaForCausalLM, LlamaConfig(**shape(80, 64, 8192, 22016))),
     "llama-2-7b": (LlamaForCausalLM, LlamaConfig(**LLAMA_2)),
+    "llama-2-13b": (LlamaForCausalLM, LlamaConfig(**LLAMA_2, **shape(40, 40, 5120, 13824))),
     "llama-2-70b": (
         LlamaForCausalLM,
         LlamaConfig(**LLAMA_2, **shape(80, 64, 8192, 28672), num_key_value_heads=8),
     ),
     "llama-3-8b": (LlamaForCausalLM, LlamaConfig(**LLAMA_3)),
+    "llama-3-70b": (LlamaForCausalLM, LlamaConfig(**{**LLAMA_3, **shape(80, 64, 8192, 28672)})),
+    "llama-3.1-8b": (LlamaForCausalLM, LlamaConfig(**{**LLAMA_3, **stretched(8.0)})),
     "llama-3.2-1b": (
         LlamaForCausalLM,
-        LlamaConfig(
-            **{
-                **LLAMA_3,
-                **shape(16, 32, 2048, 8192),
-                "tie_word_embeddings": True,
-                "max_position_embeddings": 131072,
-                "rope_parameters": {
-                    **LLAMA_3_2_ROPE,
-                    "high_freq_factor": 4.0,
-                    "original_max_position_embeddings": 8192,
-                },
-            }
-        ),
+        LlamaConfig(**{**LLAMA_3, **shape(16, 32, 2048, 8192), **stretched(32.0)}, tie_word_embeddings=True),
+    ),
+    "llama-3.2-3b": (
+        LlamaForCausalLM,
+        LlamaConfig(**{**LLAMA_3, **shape(28, 24, 3072, 8192), **stretched(32.0)}, tie_word_embeddings=True),
     ),
     "llama-smollm2-135m": (
         LlamaForCausalLM,
