@@ -17,6 +17,12 @@ from isoform.models import heads, names
 from isoform.models.hf_fields import own_options
 from isoform.models.names import TENSOR_NAMES
 
+# What to change where experts are asked for: here no field takes the biases of feed-forward layers away.
+NO_EXPERTS = (
+    "this family's feed-forward layers always have them; choose a kind such as gelu, or a family with experts: llama, "
+    "or gpt2 with bias: false"
+)
+
 
 class MaskedHead(nn.Module):
     """Scores over the vocabulary at chosen places.

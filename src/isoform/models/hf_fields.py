@@ -54,8 +54,8 @@ _KINDS = {
     Kind(_SIZE, _whole, null=True): """
         n_inner n_ctx n_token d_head head_dim embedding_size num_key_value_heads num_decoder_layers sliding_window
         """,
-    Kind("a whole number", lambda value: _whole(value, 0)): "type_vocab_size",
-    Kind("a whole number", lambda value: _whole(value, 0), null=True): "pad_token_id",
+    Kind("a whole number of at least 0", lambda value: _whole(value, 0)): "type_vocab_size",
+    Kind("a whole number of at least 0", lambda value: _whole(value, 0), null=True): "pad_token_id",
     Kind("a whole number", lambda value: _whole(value, -(1 << 62)), null=True): "clamp_len",
     Kind("a number", _number): """
         layer_norm_eps layer_norm_epsilon rms_norm_eps norm_eps hidden_dropout_prob attention_probs_dropout_prob
