@@ -245,6 +245,16 @@ def test_ctrl_c_saves_and_exits_130():
     assert again.returncode == 0, again.stderr
 
 
+def test_a_prompt_is_shown_only_once_there_is_something_to_follow_it(monkeypatch, capsys):
+    Path("damaged").mkdir()
+    Path("damaged/config.json").write_text("{")
+    code, out, errors = run(monkeypatch, capsys, "generate", "damaged", "--prompt", "hi")
+    assert (code, out) == (4, "") and errors.startswith("isoform: ")
+    assert run(monkeypatch, capsys, "train", "tiny.yaml", "--out", "run")[0] == 0
+    code, out, _ = run(monkeypatch, capsys, "generate", "run", "--prompt", "sun ", "--max-new-tokens", "3")
+    assert code == 0 and out.startswith("sun ") and len(out) > len("sun \n")
+
+
 def test_train_predict_eval_generate_report_and_doctor_speak_json(monkeypatch, capsys):
     code, out, _ = run(monkeypatch, capsys, "train", "pairs.yaml", "--out", "run", "--json")
     rows = json.loads(out)

@@ -135,6 +135,22 @@ def test_leftovers_are_removed_and_what_was_set_aside_is_put_back(tmp_path: Path
     assert names(tmp_path) == [".cache", "gone", "model"]
 
 
+def test_what_a_killed_process_staged_goes_with_the_next_and_a_living_one_keeps_its_own(tmp_path: Path) -> None:
+    final = tmp_path / "model"
+    kill = "import os, pathlib, sys; from isoform import storage\n"
+    kill += "with storage.staged_folder(pathlib.Path(sys.argv[1])) as staged: (staged / 'x').touch(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", kill, str(final)], check=False)
+    (tmp_path / ".model.b.0123abcd.tmp").mkdir()
+    (tmp_path / ".model.0123abcd.old").mkdir()
+    assert len(storage.leftovers(tmp_path)) == 3
+    with storage.staged_folder(final) as first:
+        kept = [".model.b.0123abcd.tmp", "model"]
+        assert names(tmp_path) == sorted([*kept, first.name])
+        with storage.staged_folder(final) as second:
+            assert names(tmp_path) == sorted([*kept, first.name, second.name])
+    assert names(tmp_path) == kept
+
+
 def test_only_refusals_of_the_disk_become_disk_errors(tmp_path: Path) -> None:
     for number in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.EFBIG, errno.EIO):
         with pytest.raises(DiskError) as caught, storage.disk_errors(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sys
@@ -203,9 +204,9 @@ def generate(
     if as_json:
         _print_json({"prompt": prompt, "text": "".join(pieces)})
         return
-    if not chat:
-        typer.echo(prompt, nl=False)
-    for piece in pieces:
+    # Only now is the model loaded: a refusal must not stand behind the prompt.
+    first = next(pieces, "")
+    for piece in itertools.chain([first if chat else prompt + first], pieces):
         typer.echo(piece, nl=False)
         sys.stdout.flush()
     typer.echo()

@@ -159,12 +159,16 @@ def iterate_jsonl(path: Path) -> Iterator[Any]:
 def staged_folder(final: Path) -> Iterator[Path]:
     """A temporary folder that becomes `final` when the block ends without an error, and vanishes otherwise.
 
-    An existing `final` is replaced; readers see the old or the new one, whole.
+    An existing `final` is replaced; readers see the old or the new one, whole. What killed processes left of the same
+    folder goes first.
     """
-    with disk_errors(final):
+    with ExitStack() as held, disk_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(final)
         staged, retired = _beside(final, "tmp"), _beside(final, "old")
         staged.mkdir()
+        # The lock dies with the process, and so tells its work from what it has left.
+        held.enter_context(_lock_on(staged))
         try:
             yield staged
             for path in sorted(staged.rglob("*")):
@@ -210,17 +214,47 @@ def remove_folder(path: Path) -> None:
 def remove_leftovers(folder: Path) -> None:
     """Removes what a killed process left half-written in `folder`, and puts back what it had set aside."""
     with disk_errors(folder):
-        for path in leftovers(folder):
-            original = folder / path.name[1:].rsplit(".", 2)[0]
-            if path.suffix == ".old" and not original.exists():
-                rename(path, original)
-            else:
-                remove(path)
+        _clear(leftovers(folder))
+
+
+def _clear(paths: list[Path]) -> None:
+    for path in paths:
+        original = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        if path.suffix == ".old" and not original.exists():
+            rename(path, original)
+        else:
+            remove(path)
 
 
 def leftovers(folder: Path) -> list[Path]:
     """The temporary files and folders that a killed process left in `folder`."""
     return sorted(path for path in folder.glob(".*") if re.fullmatch(r"\..+\.[0-9a-f]{8}\.(tmp|old)", path.name))
+
+
+def _remove_abandoned(final: Path) -> None:
+    """`remove_leftovers` of `final` alone, where no living process is at work on it."""
+    own = [path for path in leftovers(final.parent) if path.name.rsplit(".", 2)[0] == f".{final.name}"]
+    # What was staged keeps its lock under its final name, until what it replaced is gone.
+    places = [*(path for path in own if path.suffix == ".tmp"), *([final] if final.exists() else [])]
+    with ExitStack() as held:
+        if own and all(held.enter_context(_lock_on(path)) for path in places):
+            # What cannot be removed is in nobody's way.
+            with suppress(OSError):
+                _clear(own)
+
+
+@contextmanager
+def _lock_on(path: Path) -> Iterator[bool]:
+    """Holds a file or folder that stays where it is; whether it could be had."""
+    with ExitStack() as held:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+            held.callback(os.close, descriptor)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -141,6 +141,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "LlamaForCausalLM": {**SIZE, **POSITIONS, **IDS, "num_key_value_heads": 2},
     "BertForMaskedLM": {**SIZE, **POSITIONS},
     "BertModel": {**SIZE, **POSITIONS},
+    "BertForPreTraining": {**SIZE, **POSITIONS},
     "RobertaForMaskedLM": {**SIZE, **POSITIONS},
     "DistilBertForMaskedLM": {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, **POSITIONS},
     "ModernBertForMaskedLM": {**SIZE, **POSITIONS, "pad_token_id": 0, "local_attention": 4},

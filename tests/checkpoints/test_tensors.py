@@ -136,6 +136,16 @@ def test_an_index_that_leaves_its_folder_is_refused(tmp_path: Path, name: str) -
         read_model(folder)
 
 
+def test_an_index_that_names_the_wrong_file_for_a_tensor_is_refused_by_name(tmp_path: Path) -> None:
+    tensors.write_model(tmp_path, {name: torch.ones(10) for name in "abc"}, max_shard_bytes=40)
+    index = storage.read_json(tmp_path / tensors.INDEX)
+    files = index["weight_map"]
+    for wrong in ({"a": files["b"]}, {"a": files["b"], "b": files["a"]}, dict.fromkeys("abc", files["b"])):
+        storage.write_json(tmp_path / tensors.INDEX, {"weight_map": {**files, **wrong}})
+        with pytest.raises(CheckpointError, match=r"'[ab]'"):
+            tensors.read_model(tmp_path)
+
+
 def test_an_index_and_files_that_disagree_are_refused_by_name(tmp_path: Path) -> None:
     write_model(tmp_path, {"a": torch.ones(300), "b": torch.ones(300)}, max_shard_bytes=1200)
     index = storage.read_json(tmp_path / tensors.INDEX)

@@ -11,8 +11,7 @@ from isoform.objectives.t5_spans import input_and_target_lengths, noise_counts
 from isoform.reading import read_config
 from isoform.registry import lookup
 from isoform.studies.layout import Layout
-from isoform.training.paper import Numbers
-from isoform.training.prepare import fresh_model
+from isoform.training.fresh import Numbers, fresh_model
 
 VOCABULARY = Numbers(256, {})
 

@@ -229,14 +229,19 @@ def load_model(
     return _load_whole(folder, dtype, device)
 
 
-def model_config(path: str | Path) -> Any | None:
-    """The family's config of what `load_model` loads from there, without the weights; None of a .gguf file.
+def identified(path: str | Path) -> tuple[str, Any] | None:
+    """Family and its config of what `load_model` loads from there, without the weights; None of a .gguf file.
 
     Raises: CheckpointError.
     """
     folder = resolve_model(path)
     place = adapters.find_base(folder) if adapters.is_adapter(folder) else folder
-    return None if place.is_file() else _identify(place, read_object(place / "config.json"))[1]
+    if place.is_file():
+        return None
+    hf_config = read_object(place / "config.json")
+    _refuse_code(place, hf_config)
+    _refuse_pickle(place)
+    return _identify(place, hf_config)[:2]
 
 
 def _load_adapted(

@@ -83,13 +83,15 @@ def compare(loaded: LoadedModel, folder: Path) -> Parity:
     with torch.no_grad():
         output = theirs(**inputs, output_hidden_states=True)
         hidden = model(batch).hidden
-        pairs = {} if "logits" in output else {"hidden states": (hidden, output[0][real])}
         scores = output.get("logits", output.get("prediction_logits"))
-        if scores is not None and getattr(model, "classifier", None) is not None:
-            pairs = {"logits": (model.classifier(hidden, batch), scores[real] if scores.ndim == 3 else scores)}
-        elif scores is not None and scores.shape[-1] == model.config.vocab_size and scores.ndim == 3:
+        pairs = {}
+        if scores is None:
+            pairs["hidden states"] = (hidden, output["last_hidden_state"][real])
+        elif getattr(model, "classifier", None) is not None:
+            pairs["logits"] = (model.classifier(hidden, batch), scores[real] if scores.ndim == 3 else scores)
+        elif scores.shape[-1] == model.config.vocab_size and scores.ndim == 3:
             pairs["logits"] = (model.logits(hidden), scores[real])
-        elif scores is not None:
+        else:
             pairs["hidden states"] = (hidden, output.hidden_states[-1][real])
     return Parity(type(theirs).__name__, tuple(pairs), max(relative_error(*pair) for pair in pairs.values()))
 

@@ -245,10 +245,6 @@ def _build(
     shard_tokens: int,
     keep_documents: bool,
 ) -> None:
-    for path in storage.leftovers(folder.parent):
-        # only what a killed process left of this very store: another one may be in the making beside it
-        if path.name.startswith(f".{key}."):
-            storage.remove(path)
     dtype = "uint16" if tokenizer.vocab_size <= 1 << 16 else "uint32"
     with storage.staged_folder(folder) as staged:
         writer = _Writer(staged, dtype, shard_tokens, keep_documents)

@@ -71,7 +71,7 @@ class MixtureOfExperts(nn.Module):
     def __init__(self, config: Config, width: int, inner_width: int, *, bias: bool) -> None:
         super().__init__()
         if bias:
-            raise ConfigError("model.feedforward: experts have no biases; set the model's field for them to false")
+            raise ConfigError("model.feedforward: experts have no biases; `bias=False` is expected")
         self.config = config
         self.expert = _expert_class(config.expert)
         self.router = linear(width, config.experts, bias=False)

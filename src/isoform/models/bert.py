@@ -7,10 +7,10 @@ Source: Devlin et al. 2019; HF `BertForMaskedLM`, with which logits and gradient
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator
+from pydantic import Field, NonNegativeInt, ValidationInfo, field_validator, model_validator
 from torch import Tensor, nn
 
 from isoform.config import Component, Positive
@@ -22,6 +22,7 @@ from isoform.layers.dropout import Dropout, name_sites, token_keys
 from isoform.layers.init import embedding, initialize, linear
 from isoform.models import bert_forms, encoder, heads
 from isoform.models.border import dense_logits
+from isoform.models.fixed import check_experts
 from isoform.registry import Options, build_options, component, lookup, register
 
 
@@ -81,6 +82,11 @@ class Bert(nn.Module):
             """The component's options with every default in them. Raises: ConfigError."""
             _, options = component(str(info.field_name), value, f"model.{info.field_name}")
             return {"kind": value["kind"], **options.model_dump(mode="json")}
+
+        @model_validator(mode="after")
+        def _together(self) -> Self:
+            check_experts(self.feedforward, biases=True, otherwise=encoder.NO_EXPERTS)
+            return self
 
         @property
         def position_offset(self) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from isoform.layers.position import sinusoids
 from isoform.models.encoder import HuggingFace, headless, prefixed, stored_names
 from isoform.models.gpt2_forms import ACTIVATIONS, activation
-from isoform.models.hf_config import expect, refuse_unknown
+from isoform.models.hf_config import check_fields, expect
 from isoform.models.names import Place, Table
 
 # Ends of their tensors' names before 2019.
@@ -77,9 +77,11 @@ def write(config: Any, model_type: str, name: str) -> dict[str, Any]:
     }
 
 
-def read(given: Mapping[str, Any], segments: int) -> dict[str, Any]:
-    """Our options from their config.json; segments: the number that the family has unless told."""
-    refuse_unknown(given, KNOWN)
+def read(given: Mapping[str, Any], segments: int, required: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Our options from their config.json; segments: the number that the family has unless told; required: fields that
+    may not be null.
+    """
+    check_fields(given, KNOWN, required)
     expect(given, "position_embedding_type", "absolute")
     expect(given, "is_decoder", False)
     expect(given, "add_cross_attention", False)
@@ -257,9 +259,9 @@ def _form(model_type: str, name: str, stem: str, table: Callable[[Any], Table], 
 
 def _read_roberta(given: Mapping[str, Any]) -> dict[str, Any]:
     """RoBERTa's table of positions begins with as many unused rows as the padding token's id says, and one."""
+    options = read({"vocab_size": 50265, **given}, 2, ("pad_token_id",))
     padding = given.get("pad_token_id", 1)
-    rows = given.get("max_position_embeddings", 512)
-    return {**read({"vocab_size": 50265, **given}, 2), "padding_id": padding, "max_positions": rows - padding - 1}
+    return {**options, "padding_id": padding, "max_positions": options["max_positions"] - padding - 1}
 
 
 BERT = _form("bert", "Bert", "bert.", bert_table, segments=2)

@@ -20,6 +20,7 @@ from isoform.layers.dropout import Dropout, token_keys
 from isoform.layers.position import Position
 from isoform.models import heads, names
 from isoform.models.border import dense_logits
+from isoform.models.hf_fields import own_options
 from isoform.registry import build_options
 
 
@@ -131,10 +132,11 @@ class Decoder(nn.Module):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Any:
         """Our config from a config.json of `hf_model_types`. Raises: ConfigError."""
-        stored = config.get(names.TENSOR_NAMES)
-        found = heads.read(cls.classifier_shape, cls, config, stored)
-        options = config.get("isoform") or {**cls.forms.read_config(config), **found}
-        return build_options(cls, dict(options), "config.json")
+        options = own_options(config)
+        if options is None:
+            options = cls.forms.read_config(config)
+            options |= heads.read(cls.classifier_shape, cls, config, config.get(names.TENSOR_NAMES))
+        return build_options(cls, options, "config.json")
 
     @classmethod
     def to_hf(cls, config: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from isoform.models.bert_forms import blocks, decoder, pair, qkv, under, waves
 from isoform.models.encoder import HuggingFace, headless, prefixed, stored_names
 from isoform.models.gpt2_forms import ACTIVATIONS, activation
-from isoform.models.hf_config import expect, refuse_unknown
+from isoform.models.hf_config import check_fields, expect
 from isoform.models.names import Place, Table
 
 STEM = "distilbert."
@@ -42,7 +42,7 @@ def _write(config: Any) -> dict[str, Any]:
 
 
 def _read(given: Mapping[str, Any]) -> dict[str, Any]:
-    refuse_unknown(given, KNOWN)
+    check_fields(given, KNOWN)
     # `sinusoidal_pos_embds` says how the table of positions was first filled; it is stored either way.
     expect(given, "pruned_heads", {}, None)
     dropout, attention = given.get("dropout", 0.1), given.get("attention_dropout", 0.1)

@@ -14,7 +14,14 @@ from isoform.errors import ConfigError
 from isoform.layers import fused
 from isoform.layers.init import linear
 from isoform.models import heads, names
+from isoform.models.hf_fields import own_options
 from isoform.models.names import TENSOR_NAMES
+
+# What to change where experts are asked for: here no field takes the biases of feed-forward layers away.
+NO_EXPERTS = (
+    "this family's feed-forward layers always have them; choose a kind such as gelu, or a family with experts: llama, "
+    "or gpt2 with bias: false"
+)
 
 
 class MaskedHead(nn.Module):
@@ -114,8 +121,10 @@ class HuggingFace:
 
     def options(self, cls: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         """Our options from config.json. Raises: ConfigError naming the field that our model cannot follow."""
-        found = heads.read(cls.classifier_shape, cls, config, stored_names(config))
-        return dict(config.get("isoform") or {**self.read(config), **found})
+        options = own_options(config)
+        if options is not None:
+            return options
+        return {**self.read(config), **heads.read(cls.classifier_shape, cls, config, stored_names(config))}
 
     def state_in(self, cls: Any, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Their tensors under our names. Raises: CheckpointError naming what is unknown, missing or not ours."""

@@ -1,4 +1,4 @@
-"""Parts that are a family's own and are not swapped."""
+"""Parts that are a family's own and are not swapped, or do not go together."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from isoform.errors import ConfigError
+
+
+def check_experts(feedforward: Mapping[str, Any], *, biases: bool, otherwise: str) -> None:
+    """Raises: ConfigError where experts are asked for in a model with biases; otherwise: what to change."""
+    if biases and feedforward["kind"] == "moe":
+        raise ConfigError(f"model.feedforward: experts have no biases; {otherwise}")
 
 
 def refuse_swaps(values: Mapping[str, Any], fields: Iterable[str], reason: str) -> None:

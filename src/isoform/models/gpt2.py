@@ -6,9 +6,9 @@ Source: Radford et al. 2019; HF `GPT2LMHeadModel`, with which logits and gradien
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import nn
 
 from isoform.config import Component, Positive
@@ -17,6 +17,7 @@ from isoform.layers.dropout import Dropout, name_sites
 from isoform.layers.init import embedding, initialize, linear
 from isoform.models import gpt2_forms
 from isoform.models.decoder import Decoder, Forms, check_shape
+from isoform.models.fixed import check_experts
 from isoform.models.heads import Classifier, build
 from isoform.registry import Options, component, register
 
@@ -74,6 +75,11 @@ class GPT2(Decoder):
             """The component's options with every default in them. Raises: ConfigError."""
             _, options = component(str(info.field_name), value, f"model.{info.field_name}")
             return {"kind": value["kind"], **options.model_dump(mode="json")}
+
+        @model_validator(mode="after")
+        def _together(self) -> Self:
+            check_experts(self.feedforward, biases=self.bias, otherwise="set model.bias to false")
+            return self
 
         @property
         def rates(self) -> dict[str, float]:

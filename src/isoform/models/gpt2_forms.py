@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isoform.errors import ConfigError
 from isoform.layers.position import sinusoids
-from isoform.models.hf_config import refuse_unknown, rope_parameters, rope_position
+from isoform.models.hf_config import check_fields, rope_parameters, rope_position
 from isoform.models.names import Place, Table, same, transposed
 
 # Ours -> theirs; the first is written, all are read.
@@ -104,7 +104,7 @@ def read_config(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_gpt2(given: Mapping[str, Any]) -> dict[str, Any]:
-    refuse_unknown(given, _READ_GPT2.split())
+    check_fields(given, _READ_GPT2.split())
     _refuse(given, "scale_attn_weights", True)
     _refuse(given, "scale_attn_by_inverse_layer_idx", False)
     _refuse(given, "add_cross_attention", False)
@@ -124,7 +124,7 @@ def _read_gpt2(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_neox(given: Mapping[str, Any]) -> dict[str, Any]:
-    refuse_unknown(given, _READ_NEOX.split())
+    check_fields(given, _READ_NEOX.split())
     _refuse(given, "use_parallel_residual", False, default=True)
     _refuse(given, "attention_bias", True)
     fraction = given.get("rotary_pct", 0.25)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from isoform.errors import ConfigError
+from isoform.models.hf_fields import check_types
 from isoform.registry import nearest
 
 # Fields that say where a model came from, how it is called or how it generates, and nothing about its numbers.
@@ -24,12 +25,14 @@ unsloth_version use_bfloat16 use_cache
 INDIFFERENT = frozenset(_INDIFFERENT.split())
 
 
-def refuse_unknown(given: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raises: ConfigError naming a field that is switched on and that the family does not know.
+def check_fields(given: Mapping[str, Any], known: Iterable[str], required: Iterable[str] = ()) -> None:
+    """Raises: ConfigError naming a field that is of another type than it must be, or that is switched on and that the
+    family does not know.
 
-    A field that is null, false, 0 or empty is off.
+    A field that is null, false, 0 or empty is off. required: fields that may not be null in this family.
     """
     known = frozenset(known)
+    check_types(given, known, required)
     for field, value in given.items():
         if value and field not in known and field not in INDIFFERENT:
             raise ConfigError(

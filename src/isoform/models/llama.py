@@ -8,9 +8,9 @@ Source: Touvron et al. 2023, Jiang et al. 2023 and 2024; HF `LlamaForCausalLM`, 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import nn
 
 from isoform.config import Component, Positive
@@ -19,6 +19,7 @@ from isoform.layers.dropout import Dropout, name_sites
 from isoform.layers.init import embedding, initialize, linear
 from isoform.models import llama_forms
 from isoform.models.decoder import Decoder, Forms, check_shape
+from isoform.models.fixed import check_experts
 from isoform.models.heads import Classifier, build
 from isoform.registry import Options, component, lookup, register
 
@@ -76,6 +77,13 @@ class Llama(Decoder):
             """The component's options with every default in them. Raises: ConfigError."""
             _, options = component(str(info.field_name), value, f"model.{info.field_name}")
             return {"kind": value["kind"], **options.model_dump(mode="json")}
+
+        @model_validator(mode="after")
+        def _together(self) -> Self:
+            check_experts(
+                self.feedforward, biases=self.feedforward_bias, otherwise="set model.feedforward_bias to false"
+            )
+            return self
 
         def resolved(self) -> dict[str, Any]:
             """The config with what None stands for, so that equal models are equal."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from isoform.errors import ConfigError
-from isoform.models.hf_config import expect, refuse_unknown, rope_parameters, rope_position
+from isoform.models.hf_config import check_fields, expect, rope_parameters, rope_position
 from isoform.models.names import Place, Table
 
 # Ours -> theirs; the first is written, all are read.
@@ -111,7 +111,7 @@ def read_config(given: Mapping[str, Any]) -> dict[str, Any]:
     """Our options from their config.json. Raises: ConfigError naming the field that our model cannot follow."""
     model_type = given["model_type"]
     defaults = DEFAULTS[model_type]
-    refuse_unknown(given, [*defaults, *ROPE_FIELDS])
+    check_fields(given, [*defaults, *ROPE_FIELDS])
     expect(given, "rope_interleaved", False, None)
     expect(given, "router_jitter_noise", 0.0, None)
     # A null is a choice of its own: no window, as many key heads as heads.

@@ -10,7 +10,7 @@ from torch import Tensor
 from isoform.errors import ConfigError
 from isoform.models.bert_forms import blocks, decoder, under
 from isoform.models.encoder import HuggingFace, headless, prefixed, stored_names
-from isoform.models.hf_config import expect, refuse_unknown
+from isoform.models.hf_config import check_fields, expect
 from isoform.models.names import Place, Table
 
 STEM = "model."
@@ -56,7 +56,7 @@ def _write(config: Any) -> dict[str, Any]:
 
 
 def _read(given: Mapping[str, Any]) -> dict[str, Any]:
-    refuse_unknown(given, KNOWN)
+    check_fields(given, KNOWN, required=("classifier_dropout",))
     for field in BIASES:
         expect(given, field, False)
     for field in ("hidden_activation", "classifier_activation"):

@@ -28,6 +28,7 @@ from isoform.layers.norm import RMSNorm
 from isoform.layers.position import RelativeBias
 from isoform.models import names, t5_forms
 from isoform.models.fixed import refuse_swaps
+from isoform.models.hf_fields import own_options
 from isoform.registry import Options, build_options, component, register
 
 
@@ -173,8 +174,8 @@ class T5(nn.Module):
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> Config:
         """Our config from a config.json. Raises: ConfigError."""
-        kept = config.get("isoform")
-        options: T5.Config = build_options(cls, dict(kept or t5_forms.read_config(config)), "config.json")
+        kept = own_options(config)
+        options: T5.Config = build_options(cls, kept or t5_forms.read_config(config), "config.json")
         return options
 
     @classmethod

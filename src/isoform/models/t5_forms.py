@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from isoform.errors import ConfigError
-from isoform.models.hf_config import expect, refuse_unknown
+from isoform.models.hf_config import check_fields, expect
 from isoform.models.names import Place, Table
 
 # Ours -> theirs; the first is written, all are read. There `gated-gelu` means the form with tanh.
@@ -62,7 +62,7 @@ def write_config(config: Any) -> tuple[dict[str, Any] | None, str | None]:
 
 def read_config(given: Mapping[str, Any]) -> dict[str, Any]:
     """Our options from their config.json. Raises: ConfigError naming the field that our model cannot follow."""
-    refuse_unknown(given, READ)
+    check_fields(given, READ)
     expect(given, "is_encoder_decoder", True)
     expect(given, "is_decoder", False)
     # transformers 5 calls every head tied and tells v1.1 by this field; before, `tie_word_embeddings` told both.

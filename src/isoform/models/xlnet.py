@@ -24,7 +24,7 @@ from isoform.layers.norm import LayerNorm
 from isoform.layers.two_stream import TwoStreamAttention, TwoStreamBlock, View
 from isoform.models import encoder, heads, xlnet_forms
 from isoform.models.border import dense_logits
-from isoform.models.fixed import refuse_swaps
+from isoform.models.fixed import check_experts, refuse_swaps
 from isoform.registry import Options, build_options, component, register
 
 
@@ -77,6 +77,11 @@ class XLNet(nn.Module):
                 "and no window; family bert swaps them",
             )
             return values
+
+        @model_validator(mode="after")
+        def _together(self) -> Self:
+            check_experts(self.feedforward, biases=True, otherwise=encoder.NO_EXPERTS)
+            return self
 
         @property
         def resolved(self) -> dict[str, Any]:

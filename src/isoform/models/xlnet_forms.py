@@ -13,7 +13,7 @@ from isoform.models.bert_forms import blocks, pair, under
 from isoform.models.encoder import HuggingFace, headless, prefixed, stored_names
 from isoform.models.gpt2_forms import ACTIVATIONS, activation
 from isoform.models.heads import Shape
-from isoform.models.hf_config import expect, refuse_unknown
+from isoform.models.hf_config import check_fields, expect
 from isoform.models.names import Place, Table
 
 STEM = "transformer."
@@ -64,7 +64,7 @@ def _write(config: Any) -> dict[str, Any]:
 
 
 def _read(given: Mapping[str, Any]) -> dict[str, Any]:
-    refuse_unknown(given, KNOWN)
+    check_fields(given, KNOWN)
     expect(given, "attn_type", "bi")
     expect(given, "bi_data", False)
     expect(given, "same_length", False)

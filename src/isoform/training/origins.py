@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from isoform.checkpoints.adapters import merge
-from isoform.checkpoints.folders import LoadedModel, load_model, model_config
+from isoform.checkpoints.folders import LoadedModel, identified, load_model
 from isoform.checkpoints.sources import is_named
 from isoform.config import RunConfig
 from isoform.contracts import Objective
@@ -48,8 +48,8 @@ def shape_of(config: RunConfig, start: Path | None = None) -> list[Shape]:
         family, options, folder = model_section(config, start)
         if family is not None:
             return [] if "fits" in family.capabilities else [Shape.of(build_options(family, options, "model"))]
-        found = None if folder is None else model_config(folder)
-        return [] if found is None or not hasattr(found, "num_heads") else [Shape.of(found)]
+        found = None if folder is None else identified(folder)
+        return [] if found is None or not hasattr(found[1], "num_heads") else [Shape.of(found[1])]
 
 
 def _placed(config: RunConfig, source: str) -> Path:

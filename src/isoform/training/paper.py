@@ -7,7 +7,6 @@ The model is built without values, so that its parameters and operations are cou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,15 @@ from isoform.layers import choice
 from isoform.models.accounting import accounts
 from isoform.registry import component, lookup
 from isoform.text.tokenizers import load_tokenizer
+from isoform.training.fresh import Numbers, Vocabulary, fresh_model
 from isoform.training.origins import shape_of
 from isoform.training.plan import CHECKPOINT_BYTES, MODEL_BYTES
-from isoform.training.prepare import DEFAULT_BATCH_SEQUENCES, Vocabulary, fits, fresh_model
+from isoform.training.prepare import DEFAULT_BATCH_SEQUENCES, fits
 
 # Of a parameter while it is trained: its value, its gradient and two moments, in float32.
 TRAINING_BYTES = 16
 # About so many rates are told, enough to draw.
 NUM_RATES = 200
-
-
-@dataclass(frozen=True, slots=True)
-class Numbers:
-    """Of a tokenizer that is not trained: how many ids it will have, and those of its special tokens."""
-
-    vocab_size: int
-    special_ids: dict[str, int]
 
 
 def why_on_paper(config: RunConfig) -> str | None:

@@ -10,14 +10,14 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from isoform import machine
 from isoform.checkpoints.adapters import merge
-from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.folders import identified, load_model
 from isoform.config import DataConfig, RunConfig
 from isoform.contracts import Objective, Source
 from isoform.data.corpus import Dataset, build_dataset
@@ -37,6 +37,7 @@ from isoform.storage import fingerprint
 from isoform.text.conversations import spoken
 from isoform.text.ngrams import NGrams
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
+from isoform.training.fresh import check_parts, fresh_model
 from isoform.training.optimizers import Optimizer
 from isoform.training.origins import model_section, other_models, shape_of
 from isoform.training.ranks import firsts
@@ -115,6 +116,9 @@ def prepare(
     draft: Objective = objective_class(objective_options, None, config.text.max_tokens)
     if family is not None:
         _check_ability(config, draft, family, str(config.model["family"]))
+        check_parts(config, family, options)
+    else:
+        _check_origin(config, draft, start)
     device = device or machine.choose_device()
     shapes = [] if precision and kernels else shape_of(config, start)
     precision = firsts(precision or choice.choose_precision(config.train.precision, device, shapes), accelerator)
@@ -246,28 +250,6 @@ def _check_fits(config: RunConfig, objective: Any) -> None:
         raise ConfigError(f"adapter: {family} has no layers to adapt; remove the section")
 
 
-class Vocabulary(Protocol):
-    """What a model's sizes follow from: a tokenizer, or the numbers of one that is not trained yet."""
-
-    @property
-    def vocab_size(self) -> int: ...
-
-    @property
-    def special_ids(self) -> Mapping[str, int]: ...
-
-
-def fresh_model(
-    config: RunConfig, family: Any, options: dict[str, Any], tokenizer: Vocabulary, seed: int | None
-) -> Any:
-    """A model of the family, with the tokenizer's sizes where its options leave them out; seed None: not drawn."""
-    values = {**options, "vocab_size": tokenizer.vocab_size}
-    if "max_positions" in family.Config.model_fields:
-        values.setdefault("max_positions", config.text.max_tokens)
-    if "padding_id" in family.Config.model_fields:
-        values.setdefault("padding_id", tokenizer.special_ids.get("pad"))
-    return family(build_options(family, values, "model"), seed=seed)
-
-
 def _check_ability(config: RunConfig, objective: Objective, model: Any, family_name: str) -> None:
     """What is asked of the model must be what its family does; known before any text is read."""
     missing = objective.needs - model.capabilities
@@ -277,6 +259,13 @@ def _check_ability(config: RunConfig, objective: Objective, model: Any, family_n
             f"objective.kind: {config.objective['kind']} needs a model that is {' and '.join(sorted(missing))}; "
             f"{family_name} is {', '.join(sorted(model.capabilities))}; families that can: {', '.join(able) or 'none'}"
         )
+
+
+def _check_origin(config: RunConfig, objective: Objective, start: Path | None) -> None:
+    """`_check_ability` of a model that is read, without its weights; of a .gguf file nothing is known before these."""
+    found = None if start is None else identified(start)
+    if found is not None:
+        _check_ability(config, objective, lookup("model", found[0]), found[0])
 
 
 def _datasets(
