@@ -75,7 +75,7 @@ _KINDS = {
 }
 _ROPE_KINDS = {
     Kind("a name", lambda value: isinstance(value, str), null=True): "rope_type type",
-    Kind(_SIZE, _whole): "original_max_position_embeddings",
+    Kind(_SIZE, _whole, null=True): "original_max_position_embeddings",
     Kind("a number", _number, null=True): """
         rope_theta partial_rotary_factor factor low_freq_factor high_freq_factor beta_fast beta_slow mscale
         mscale_all_dim attention_factor
