@@ -112,6 +112,11 @@ def test_a_config_written_out_reads_back_as_itself():
 def test_extends_follows_recipes_and_files_and_refuses_circles(tmp_path):
     (tmp_path / "a.yaml").write_text("extends: quickstart\nseeds: 2\n")
     assert read_config(tmp_path / "a.yaml")["seeds"] == 2
+    (tmp_path / "less.yaml").write_text("extends: quickstart\narms: {pretrained-rope: null}\n")
+    assert sorted(read_config(tmp_path / "less.yaml")["arms"]) == ["pretrained", "scratch"]
+    (tmp_path / "typo.yaml").write_text("extends: quickstart\narms: {pretrained-rop: null}\n")
+    with pytest.raises(ConfigError, match=r"arms\.pretrained-rop: None given"):
+        study_config(read_config(tmp_path / "typo.yaml"))
     (tmp_path / "b.yaml").write_text("extends: b.yaml\n")
     with pytest.raises(ConfigError, match="circle"):
         read_config(tmp_path / "b.yaml")

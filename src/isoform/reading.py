@@ -43,7 +43,8 @@ def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if "extends" in value:
         parent = str(value.pop("extends"))
         nested = path.parent / parent
-        value = merge(_read(str(nested) if folder and nested.is_file() else parent, (*seen, name)), dict(value))
+        inherited = _read(str(nested) if folder and nested.is_file() else parent, (*seen, name))
+        value = _left_out(inherited, merge(inherited, dict(value)))
     if folder is not None:
         data = value.setdefault("base", {}) if "stages" in value else value
         data.setdefault("data", {})
@@ -51,6 +52,15 @@ def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
             data["data"]["root"] = folder
     values: dict[str, Any] = value
     return values
+
+
+def _left_out(inherited: dict[str, Any], merged: dict[str, Any]) -> dict[str, Any]:
+    """Without the inherited arms for which `null` is given."""
+    known = inherited.get("arms")
+    if not isinstance(known, dict) or not isinstance(merged["arms"], dict):
+        return merged
+    arms = {name: arm for name, arm in merged["arms"].items() if arm is not None or name not in known}
+    return {**merged, "arms": arms}
 
 
 def is_study(values: dict[str, Any]) -> bool:

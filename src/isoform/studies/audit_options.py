@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from isoform.config import EITHER, RunConfig, run_config
-from isoform.errors import ConfigError, DataError
+from isoform.errors import ConfigError, DataError, IsoformWarning
 from isoform.studies.audit_rows import DEAD, Level, Pair, Row, pairs, row, stepped, trained
 from isoform.studies.layout import Layout, begins_from_arm, flat
 
@@ -249,13 +251,22 @@ def _only_spelling(change: Change, ours: dict[str, RunConfig], theirs: dict[str,
         return False
     try:
         back = _set_back(change, ours, theirs)
-        resolved = [
-            [probes.of(configs[stage], _parent(configs, stage)).run.resolved for stage in read]
-            for configs in (ours, back)
-        ]
+        with _only_tried():
+            resolved = [
+                [probes.of(configs[stage], _parent(configs, stage)).run.resolved for stage in read]
+                for configs in (ours, back)
+            ]
     except (ConfigError, DataError):
         return False
     return resolved[0] == resolved[1]
+
+
+@contextmanager
+def _only_tried() -> Iterator[None]:
+    """Without warnings of configs that nobody asked for and that are never trained."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", IsoformWarning)
+        yield
 
 
 def acts_without_weights(name: str) -> bool:
@@ -289,10 +300,11 @@ def _same(change: Change, ours: dict[str, RunConfig], theirs: dict[str, RunConfi
 
     try:
         back = _set_back(change, ours, theirs)
-        return all(
-            same_run(probes.of(ours[stage], _parent(ours, stage)), probes.of(back[stage], _parent(ours, stage)))
-            for stage, _ in change.places
-        )
+        with _only_tried():
+            return all(
+                same_run(probes.of(ours[stage], _parent(ours, stage)), probes.of(back[stage], _parent(ours, stage)))
+                for stage, _ in change.places
+            )
     except (ConfigError, DataError):
         # The other arm's value cannot stand among our options: the option does something.
         return False
