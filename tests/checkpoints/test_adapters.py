@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForTokenClassification, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import isoform
@@ -114,6 +114,21 @@ def test_a_new_head_and_its_labels_go_along(tmp_path, family):
     torch.testing.assert_close(theirs(first).logits[0], expected[0], rtol=1e-4, atol=1e-5)
     merged = merge(model).model
     torch.testing.assert_close(merged.classifier(merged(batch).hidden, batch), expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_peft_knows_a_tagger_for_what_it_is(tmp_path):
+    classifier = heads.Classifier(labels=("O", "B-PER", "I-PER"), pooling="none")
+    model = saved(tmp_path, heads.attach(Bert.tiny(), classifier, 0), targets=["query"])
+    batch = probe_batch(model, 1)
+    length = batch.sequences.lengths[0]
+    expected = model.classifier(model(batch).hidden, batch)[:length]
+    config = json.loads((tmp_path / "final/adapter_config.json").read_text())
+    # A run's base has no settled place; whoever moves the two says where it stands.
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "final/adapter_config.json").write_text(json.dumps(config))
+    theirs = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "final").eval()
+    torch.testing.assert_close(theirs(batch.tokens[None, :length]).logits[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_doctor_compares_with_peft_and_tells_what_was_trained(tmp_path):

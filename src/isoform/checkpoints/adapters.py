@@ -188,7 +188,7 @@ def _modules(model: Any, whole: dict[str, Tensor]) -> list[str]:
 def _task(model: Any) -> str | None:
     """PEFT's name for what the model does; None where it has none."""
     if getattr(model, "classifier", None) is not None:
-        return "SEQ_CLS"
+        return "TOKEN_CLS" if model.classifier.pooling == "none" else "SEQ_CLS"
     if "encoder-decoder" in model.capabilities:
         return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if "causal" in model.capabilities else None
