@@ -183,6 +183,8 @@ def test_a_label_beyond_nine_keeps_its_place() -> None:
 
 
 def test_every_metric_of_the_objective_is_known_and_says_what_is_missing() -> None:
+    averages = {f"{average}_{score}" for average in ("macro", "weighted") for score in AVERAGED}
+    assert averages <= set(METRICS["single-label"]) & set(METRICS["multi-label"])
     for names in METRICS.values():
         for metric in build_metrics(names):
             assert result_row(metric, "dev", {})["value"] is None
