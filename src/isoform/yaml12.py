@@ -33,8 +33,8 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
             raise ConfigError(
-                f"line {line}: a {key_node.id} stands where a key is expected; put a text that begins with a brace or a "
-                "bracket in quotes"
+                f"line {line}: a {key_node.id} stands where a key is expected; put a text that begins with a brace "
+                "or a bracket in quotes"
             )
         if key_node.value in seen:
             raise ConfigError(f"line {line}: the key {key_node.value!r} is given twice; keep one")
