@@ -137,8 +137,9 @@ class DocumentSource:
                 text = self._text(values[column], field, f"{table.name}:{row}", column)
                 if text in NOTHING and field in GIVEN_FIELDS and field not in self._optional and _in_cells(table):
                     raise DataError(
-                        f"{table.name}:{row}: {text!r} in the column {column!r}, which is how a missing value is written; "
-                        "give it a text or remove the row; if the word is meant, give the data as .jsonl or .parquet"
+                        f"{table.name}:{row}: {text!r} in the column {column!r}, which is how a missing value is "
+                        "written; give it a text or remove the row; if the word is meant, give the data as .jsonl or "
+                        ".parquet"
                     )
                 if text is not None:
                     fields[field] = text

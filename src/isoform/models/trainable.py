@@ -30,7 +30,7 @@ def train_only(model: nn.Module, patterns: list[str]) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LowRank) and not module.up.requires_grad:
             raise ConfigError(
-                f"train.parameters: {', '.join(patterns)} leaves out {name}.up, without which the adapter does nothing; "
-                "leave the option out (`adapter` says what is trained, `adapter.train` what beside it), or "
+                f"train.parameters: {', '.join(patterns)} leaves out {name}.up, without which the adapter does "
+                "nothing; leave the option out (`adapter` says what is trained, `adapter.train` what beside it), or "
                 "add '*.adapters.*'"
             )
