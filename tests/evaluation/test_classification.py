@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.stats import pearsonr
 from sklearn import metrics as oracle
 
-from isoform.evaluation.metrics import StreamingMetrics, build_metrics, columns_of
+from isoform.evaluation.metrics import StreamingMetrics, build_metrics, columns_of, wilson
 from isoform.objectives.classify import METRICS
 
 AVERAGED = ("precision", "recall", "f1")
@@ -174,6 +174,14 @@ def test_a_rare_label_widens_a_perfect_macro_average() -> None:
     nothing = columns(np.zeros((10, 2)), np.ones((10, 2)), 2)  # no text has a label, every one was said
     row = result_row(build_metrics(["macro_f1"])[0], "dev", nothing)
     assert (row["value"], row["low"], row["high"]) == (0.0, 0.0, pytest.approx(1 - 10 / (10 + 1.959964**2)))
+
+
+def test_a_label_that_is_always_said_does_not_settle_macro_recall() -> None:
+    """Each label's recall is 0 or 1, so that no example moves the mean; five more might."""
+    gold = np.arange(6) % 2
+    table = columns(np.eye(2)[gold], np.eye(2)[np.ones(6, dtype=int)], 2)
+    row = result_row(build_metrics(["macro_recall"])[0], "dev", table)
+    assert (row["value"], row["low"], row["high"]) == pytest.approx((0.5, *wilson(3, 6, 1.959964)))
 
 
 def test_a_label_beyond_nine_keeps_its_place() -> None:

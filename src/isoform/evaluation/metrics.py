@@ -246,9 +246,9 @@ class StreamingMetrics:
 
         Linearised: value ~ constant + sum over examples of g . x, g `(k,)` the metric's gradient at the sums; its
         variance is n times the variance of g . x. Perplexity is bounded on the scale of its logarithm, a correlation on
-        that of its inverse hyperbolic tangent. A metric at the end of its range, where nothing varies, has the bound of
-        Wilson on the other side (`_at_the_end`). (None, None) where one example or fewer was seen, or the examples do
-        not say how much the metric varies.
+        that of its inverse hyperbolic tangent. Where nothing varies in what was seen, as at the end of a metric's
+        range, that is no proof that nothing would: there Wilson's bounds stand (`_unvarying`). (None, None) where one
+        example or fewer was seen, or the examples do not say how much the metric varies.
 
         Source: Wilson 1927; the delta method for ratios, Cochran 1977, section 6; Fisher 1921 for correlations.
         """
@@ -264,8 +264,8 @@ class StreamingMetrics:
             return wilson(self.sums[metric.mean_column], n, float(special.ndtri(tail)))
         lowest, highest = getattr(metric, "limits", (0.0, 1.0) if metric.unit == "fraction" else (-math.inf, math.inf))
         value = float(metric.value(dict(zip(names, sums, strict=True))))
-        if metric.higher_is_better and min(abs(value - lowest), abs(value - highest)) < 1e-12:
-            return self._at_the_end(metric, value, places, float(special.ndtri(tail)))
+        if hasattr(metric, "at_share") and min(abs(value - lowest), abs(value - highest)) < 1e-12:
+            return self._unvarying(metric, value, places, float(special.ndtri(tail)))
         slopes = getattr(metric, "slopes", None)
         gradient = _slopes(metric, names, sums) if slopes is None else _vector(slopes(self.sums), names)
         centre = self._centre[places]
@@ -274,12 +274,14 @@ class StreamingMetrics:
         error = math.sqrt(n * max(variance, 0.0) / (n - 1)) * float(special.stdtrit(n - 1, tail))
         if not (math.isfinite(variance) and math.isfinite(error)):
             return None, None
+        if error < 1e-6 and metric.unit == "fraction":  # no more than what numeric slopes are off
+            return self._unvarying(metric, value, places, float(special.ndtri(tail)))
         low, high = getattr(metric, "bounds", _around)(value, error)
         # Where a label is never said the slope of a correlation is steep beyond sense: then nothing is known.
         return max(lowest, low), min(highest, high)
 
-    def _at_the_end(self, metric: Metric, value: float, places: list[int], z: float) -> tuple[float, float]:
-        """Wilson's bound for m of m right, m / (m + z^2), on the side that is open: nothing varies in what was seen.
+    def _unvarying(self, metric: Metric, value: float, places: list[int], z: float) -> tuple[float, float]:
+        """Wilson's bounds of a share of m examples: of m right ones m / (m + z^2) to 1.
 
         m: the examples, or where some weigh more than others (`weights`: a long sentence, a rare label) so many equal
         ones as would vary as much, (sum w)^2 / sum w^2. Of a correlation, what `at_share` makes of that share.
@@ -292,11 +294,11 @@ class StreamingMetrics:
         about = float(weights @ self._products[np.ix_(places, places)] @ weights)
         squares = about + 2 * middle * (total - n * middle) + n * middle**2
         effective = total**2 / squares if squares > 0 else float(n)
-        share = effective / (effective + z * z)
-        if value < 0.5 and metric.unit == "fraction":
-            return value, 1 - share
-        at_share = getattr(metric, "at_share", None)
-        reached = share if at_share is None else at_share(dict(zip(names, sums, strict=True)), share)
+        if metric.unit == "fraction":
+            low, high = wilson(value * effective, effective, z)
+            return min(low, value), max(high, value)
+        correlation: Any = metric
+        reached = correlation.at_share(dict(zip(names, sums, strict=True)), wilson(effective, effective, z)[0])
         return (reached, value) if value > 0 else (value, -reached)
 
 
@@ -336,7 +338,7 @@ def around_logarithm(value: float, error: float) -> tuple[float, float]:
     return math.exp(middle - half), math.exp(min(middle + half, 700.0))
 
 
-def wilson(successes: float, n: int, z: float) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float) -> tuple[float, float]:
     """Wilson's bounds of a proportion: (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
     p = successes / n
     centre = p + z * z / (2 * n)
