@@ -11,9 +11,11 @@ import pytest
 
 import isoform
 from isoform import chance
+from isoform.checkpoints.folders import save_model
 from isoform.cli import main
 from isoform.errors import IsoformWarning
 from isoform.layers import choice
+from isoform.models.gpt2 import GPT2
 from isoform.storage import locked
 
 CONFIG = """
@@ -300,6 +302,18 @@ def test_train_predict_eval_generate_report_and_doctor_speak_json(monkeypatch, c
     # A run beside itself is the same thing twice, which the audit refuses; the numbers are there all the same.
     code, out, _ = run(monkeypatch, capsys, "compare", "run", "run", "--json")
     assert code == 10 and json.loads(out)["questions"][0]["difference"] == 0
+
+
+def test_every_verb_that_opens_a_model_hands_its_base_on(monkeypatch, capsys):
+    save_model(Path("whole"), GPT2.tiny(), None)
+    for words in (
+        ["eval", "whole"],
+        ["predict", "whole", "sun"],
+        ["generate", "whole"],
+        ["export", "whole", "--to=hf"],
+    ):
+        code, line = refused(monkeypatch, capsys, *words, "--base", "elsewhere")
+        assert code == 4 and "whole: a whole model and no adapter, which has no base elsewhere" in line, words
 
 
 def test_plan_says_what_it_takes_and_keeps_nothing(monkeypatch, capsys):

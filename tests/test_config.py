@@ -40,11 +40,35 @@ def test_a_key_given_twice_is_refused_with_its_line():
         parse_yaml("a: 1\na: 2", "test")
 
 
-@pytest.mark.parametrize("text", ["a: [", "a: !!python/object:os.system x", "a: &x 1\nb: *x", "- 1\n a: 2"])
+BROKEN = [
+    "a: [",
+    "a: !!python/object:os.system x",
+    "a: &x 1\nb: *x",
+    "- 1\n a: 2",
+    "a: {{ x }}",
+    "{[1, 2]: b}",
+    "? {a: b}\n: c",
+    "a: 2024-13-45",
+    "a: 0x_",
+    "!!timestamp x",
+    "\x00",
+    "[" * 3000,
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 def test_hostile_or_broken_yaml_is_one_line(text):
     with pytest.raises(ConfigError) as error:
         parse_yaml(text, "file.yaml")
+    assert "\n" not in str(error.value) and str(error.value).startswith("file.yaml")
+
+
+@pytest.mark.parametrize("text", ["{{ x }}", "{% for message in messages %}", "[{a: b}: c]"])
+def test_a_template_without_quotes_is_told_with_its_setting(text):
+    with pytest.raises(ConfigError, match=r"^--set objective\.template: ?") as error:
+        apply_settings({}, [f"objective.template={text}"])
     assert "\n" not in str(error.value)
+    assert apply_settings({}, [f'objective.template="{text}"']) == {"objective": {"template": text}}
 
 
 @pytest.mark.parametrize(

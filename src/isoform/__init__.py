@@ -149,12 +149,13 @@ def evaluate(
     data: str | None = None,
     split: str | None = None,
     metrics: Sequence[str] | None = None,
+    base: str | Path | None = None,
     int8: bool = False,
 ) -> list[dict[str, Any]]:
     """Metrics with intervals of a run or model: on a source, or on one of the run's own splits
     (default: test, else dev, else holdout).
 
-    int8: also from weights of 8 bits, to see what they cost.
+    base: of an adapter, see `load`. int8: also from weights of 8 bits, to see what they cost.
 
     Returns: rows of {metric, split, value, n, low, high}, and with int8 of {value_int8, change}.
     """
@@ -162,7 +163,7 @@ def evaluate(
 
     from isoform.serving.use import open_model, score
 
-    opened = open_model(model)
+    opened = open_model(model, base=base)
     ways = [opened, replace(opened, int8=True)] if int8 else [opened]
     asked = list(metrics) if metrics else None
     found, *narrow = [score(way, data, split=split, metrics=asked, cache=_cache()).rows for way in ways]
@@ -179,15 +180,18 @@ def _cache() -> Path:
     return cache_folder()
 
 
-def predict(model: str | Path, inputs: str | Iterable[str], *, int8: bool = False) -> list[dict[str, Any]]:
+def predict(
+    model: str | Path, inputs: str | Iterable[str], *, base: str | Path | None = None, int8: bool = False
+) -> list[dict[str, Any]]:
     """One object an input, in order: {input, answer}; of classifiers {input, label, probabilities}, {tokens, tags}.
 
-    int8: from weights of 8 bits; `evaluate` tells what they cost.
+    base: of an adapter, see `load`. int8: from weights of 8 bits; `evaluate` tells what they cost.
     """
     from isoform.serving.predict import predict as answer
     from isoform.serving.use import open_model, tell_unknown
 
-    answers = list(answer(open_model(model, int8=int8), [inputs] if isinstance(inputs, str) else inputs))
+    opened = open_model(model, base=base, int8=int8)
+    answers = list(answer(opened, [inputs] if isinstance(inputs, str) else inputs))
     tell_unknown(sum(prediction.num_unknown for prediction in answers))
     return [prediction.as_dict() for prediction in answers]
 
@@ -205,13 +209,15 @@ def generate(
     early_stopping: bool = False,
     seed: int = 0,
     max_new_tokens: int = 200,
+    base: str | Path | None = None,
     int8: bool = False,
 ) -> Iterator[str]:
     """The prompt's continuation, piece by piece.
 
     chat: the prompt is a message to a model with a chat template, what comes is its answer.
     temperature: 0 is greedy; None: 1, or 0 in a chat. beams: more than 1 is beam search, by `length_penalty` and
-    `early_stopping` (see `config.Beams`), without temperature; the text comes in one piece. int8: weights of 8 bits.
+    `early_stopping` (see `config.Beams`), without temperature; the text comes in one piece. base: of an adapter,
+    see `load`. int8: weights of 8 bits.
     """
     from isoform.config import Beams
     from isoform.evaluation.generate import Sampling
@@ -221,7 +227,7 @@ def generate(
     sampling = Sampling(temperature=chosen, top_k=top_k, top_p=top_p)
     searched = Beams(num_beams=beams, length_penalty=length_penalty, early_stopping=early_stopping)
     yield from continue_text(
-        open_model(model),
+        open_model(model, base=base),
         prompt,
         chat=chat,
         sampling=sampling,
@@ -309,9 +315,15 @@ def report(folder: str | Path, *, to: Literal["html", "md"] = "html") -> Path:
 
 
 def export(
-    model: str | Path, to: Literal["hf", "peft", "onnx", "gguf"], *, out: str | Path | None = None
+    model: str | Path,
+    to: Literal["hf", "peft", "onnx", "gguf"],
+    *,
+    out: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> dict[str, Any]:
     """Writes a model for another program, reads it again there in a fresh process, and compares what both make of it.
+
+    base: of an adapter, see `load`.
 
     Returns: {path, format, model, reader, output, num_tokens, error, largest_difference, compared, notes}.
     Raises: CheckpointError with the reason where there is no such form, or with the largest difference; nothing is
@@ -321,7 +333,7 @@ def export(
 
     from isoform.checkpoints.export import export_model
 
-    return asdict(export_model(model, to, Path(out) if out is not None else None))
+    return asdict(export_model(model, to, Path(out) if out is not None else None, base=base))
 
 
 def recipes() -> list[dict[str, str]]:

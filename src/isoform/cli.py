@@ -29,6 +29,7 @@ Model = Annotated[str, typer.Argument(help="A run, a model folder, a .gguf file,
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="a.b=c", help="Change a field; may be repeated.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Folder to write to; default: runs/NAME.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Base = Annotated[str | None, typer.Option("--base", metavar="MODEL", help="Of an adapter whose folder does not say.")]
 Split = Annotated[str | None, typer.Option("--split", help="One of the run's own splits.")]
 
 
@@ -103,6 +104,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option("--data", help="A source: file, folder, hf:..., builtin:...")] = None,
     split: Split = None,
     metric: Annotated[list[str] | None, typer.Option("--metric", help="May be repeated; default: the run's.")] = None,
+    base: Base = None,
     int8: Annotated[bool, typer.Option("--int8", help="Also with weights of 8 bits: what they cost.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -111,7 +113,7 @@ def evaluate(
     import isoform
     from isoform.studies.listings import print_rows
 
-    rows = isoform.evaluate(model, data=data, split=split, metrics=metric, int8=int8)
+    rows = isoform.evaluate(model, data=data, split=split, metrics=metric, base=base, int8=int8)
     _print_json(rows) if as_json else print_rows(rows, _console())
 
 
@@ -126,6 +128,7 @@ def predict(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write .csv, .jsonl, .txt or .conll instead of a table.")
     ] = None,
+    base: Base = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights of 8 bits; `eval --int8` tells their cost.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -138,7 +141,7 @@ def predict(
     from isoform.serving.use import open_model
     from isoform.studies.listings import print_answers
 
-    opened = open_model(model, int8=int8)
+    opened = open_model(model, base=base, int8=int8)
     answers = answer(opened, texts or read_inputs(opened, source))
     if out is not None:
         began = time.monotonic()
@@ -181,6 +184,7 @@ def generate(
     early_stopping: Annotated[bool, typer.Option(help="Of beams: stop at so many finished texts.")] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
+    base: Base = None,
     int8: Annotated[bool, typer.Option("--int8", help="Weights of 8 bits: faster, a little less exact.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -199,6 +203,7 @@ def generate(
         early_stopping=early_stopping,
         seed=seed,
         max_new_tokens=max_new_tokens,
+        base=base,
         int8=int8,
     )
     if as_json:
@@ -302,13 +307,14 @@ def export(
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder to write to; default: export/FORMAT in the run.")
     ] = None,
+    base: Base = None,
     as_json: Json = False,
 ) -> None:
     """Write a model for another program, and compare it there."""
     import isoform
     from isoform.studies.listings import print_export
 
-    values = isoform.export(model, to, out=out)
+    values = isoform.export(model, to, out=out, base=base)
     _print_json(values) if as_json else print_export(values, _console())
 
 

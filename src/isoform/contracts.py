@@ -435,6 +435,10 @@ class Metric(Protocol):
     Each example contributes a row of `columns`, `hits.*` being all that begin with `hits.`; `value` maps summed columns
     (scalars or arrays of equal shape) to the metric. `mean_column`: the column that is itself the per-example score
     where the metric is their mean, else None.
+
+    What an interval needs to know of some metrics only, a metric may have: `limits`, the ends of its range; `slopes`,
+    its derivative by each column's sum; `bounds`, those of a value and its error on a scale of the metric's own;
+    `weights`, how much of each column an example weighs with; `at_share`, its value where a share of all is right.
     """
 
     name: ClassVar[str]

@@ -30,8 +30,13 @@ _Loader.add_implicit_resolver(
 def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
+        line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise ConfigError(
+                f"line {line}: a {key_node.id} stands where a key is expected; put a text that begins with a brace "
+                "or a bracket in quotes"
+            )
         if key_node.value in seen:
-            line = key_node.start_mark.line + 1
             raise ConfigError(f"line {line}: the key {key_node.value!r} is given twice; keep one")
         seen.add(key_node.value)
     loader.flatten_mapping(node)
@@ -57,4 +62,10 @@ def parse_yaml(text: str, where: str) -> Any:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{where}{place}: not YAML: {getattr(error, 'problem', None) or error}") from None
+        problem = " ".join(str(getattr(error, "problem", None) or error).split())
+        raise ConfigError(f"{where}{place}: not YAML: {problem}") from None
+    except RecursionError:
+        raise ConfigError(f"{where}: lists and mappings stand too deep in one another") from None
+    except (ValueError, AttributeError, LookupError) as error:
+        # What looks like a number or a date and is none, such as 2024-13-45: the library lets its own errors through.
+        raise ConfigError(f"{where}: a value cannot be read ({error}); put it in quotes if it is a text") from None

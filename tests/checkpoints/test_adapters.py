@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForTokenClassification, LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification
 
 import isoform
@@ -21,6 +21,8 @@ from isoform.models.gpt2 import GPT2
 from isoform.models.llama import Llama
 from isoform.models.lora import Lora, activate, adapter_state, low_rank
 from isoform.registry import lookup
+from isoform.text.kinds import Char
+from isoform.text.tokenizers import train_tokenizer
 
 # What peft itself warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
@@ -116,6 +118,21 @@ def test_a_new_head_and_its_labels_go_along(tmp_path, family):
     torch.testing.assert_close(merged.classifier(merged(batch).hidden, batch), expected, rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_peft_knows_a_tagger_for_what_it_is(tmp_path):
+    classifier = heads.Classifier(labels=("O", "B-PER", "I-PER"), pooling="none")
+    model = saved(tmp_path, heads.attach(Bert.tiny(), classifier, 0), targets=["query"])
+    batch = probe_batch(model, 1)
+    length = batch.sequences.lengths[0]
+    expected = model.classifier(model(batch).hidden, batch)[:length]
+    config = json.loads((tmp_path / "final/adapter_config.json").read_text())
+    # A run's base has no settled place; whoever moves the two says where it stands.
+    config["base_model_name_or_path"] = str(tmp_path / "base")
+    (tmp_path / "final/adapter_config.json").write_text(json.dumps(config))
+    theirs = AutoPeftModelForTokenClassification.from_pretrained(tmp_path / "final").eval()
+    torch.testing.assert_close(theirs(batch.tokens[None, :length]).logits[0], expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_doctor_compares_with_peft_and_tells_what_was_trained(tmp_path):
     saved(tmp_path, Bert.tiny(), rank=3)
     said = {finding.what: finding.level for finding in examine(tmp_path / "final")}
@@ -183,7 +200,10 @@ def test_a_merge_that_changes_the_outputs_is_refused(tmp_path, monkeypatch):
     [
         ({"peft_type": "IA3"}, "peft_type 'IA3' given, LORA is expected"),
         ({"use_dora": True}, "use_dora is True"),
-        ({"base_model_name_or_path": "someone/model"}, "name the base.*hf:someone/model"),
+        (
+            {"base_model_name_or_path": "someone/model"},
+            r"hf:someone/model: not in the local cache.*name the base: `--base FOLDER`",
+        ),
     ],
 )
 def test_what_cannot_be_read_is_refused(tmp_path, changes, message):
@@ -196,6 +216,57 @@ def test_what_cannot_be_read_is_refused(tmp_path, changes, message):
     save_model(tmp_path / "whole", GPT2.tiny(), None)
     with pytest.raises(CheckpointError, match=message):
         load_model(tmp_path / "adapter", base=None if "base_model_name_or_path" in changes else tmp_path / "whole")
+
+
+@torch.no_grad()
+def test_a_base_of_the_hub_is_fetched_by_its_name(tmp_path, monkeypatch):
+    asked = []
+
+    def fetched(repository, revision=None, **_):
+        asked.append((repository, revision))
+        return str(tmp_path / "base")
+
+    model = saved(tmp_path, GPT2.tiny())
+    adapter = (tmp_path / "final").rename(tmp_path / "elsewhere")
+    (adapter / "manifest.json").unlink()
+    (adapter / "isoform.json").unlink(missing_ok=True)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text())
+    for changes in ({}, {"revision": "v2"}, {"base_model_name_or_path": "google-bert/bert-base-uncased@main"}):
+        path.write_text(json.dumps({**config, "base_model_name_or_path": "google-bert/bert-base-uncased", **changes}))
+        found = load_model(adapter)
+        assert torch.equal(found.model.dense(IDS), model.dense(IDS))
+    name = "google-bert/bert-base-uncased"
+    assert asked == [(name, None), (name, "v2"), (name, "main")]
+
+
+def test_every_verb_takes_the_base_that_an_adapter_does_not_name(tmp_path):
+    lines = [f"{word} and {other}" for word in ("sun", "moon", "tree") for other in ("bird", "stone", "cloud")]
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
+    words = train_tokenizer("char", Char.Config(), lines)
+    model = GPT2.tiny(vocab_size=words.vocab_size)
+    save_model(tmp_path / "apart" / "whole", model, words)
+    Lora(Lora.Config()).attach(model, seed=0)
+    save_model(tmp_path / "final", shaken(model), words)
+    config = json.loads((tmp_path / "final" / "adapter_config.json").read_text())
+    (tmp_path / "final" / "manifest.json").unlink()
+    (tmp_path / "final" / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": "/gone/base"})
+    )
+    adapter, base = tmp_path / "final", tmp_path / "apart" / "whole"
+    verbs = {
+        "evaluate": lambda **base: isoform.evaluate(adapter, data=str(tmp_path / "lines.txt"), **base),
+        "generate": lambda **base: "".join(isoform.generate(adapter, "sun", max_new_tokens=4, temperature=0, **base)),
+        "predict": lambda **base: isoform.predict(adapter, ["sun"], **base),
+        "export": lambda **base: isoform.export(adapter, "hf", out=tmp_path / "out", **base),
+    }
+    for verb, carry_out in verbs.items():
+        with pytest.raises(CheckpointError, match="name the base: `--base FOLDER`"):
+            carry_out()
+        assert carry_out(base=base) is not None, verb
+    with pytest.raises(CheckpointError, match="a whole model and no adapter"):
+        isoform.load(base, base=base)
 
 
 @pytest.mark.parametrize(

@@ -191,6 +191,26 @@ def test_mistakes_are_named_with_their_place(name: str, content: bytes, message:
     assert caught.value.exit_code == 3
 
 
+@pytest.mark.parametrize("nothing", ["nan", "NaN"])
+def test_a_missing_value_that_became_a_word_is_refused(nothing: str, tmp_path: Path) -> None:
+    refused = rf"my\.(csv|tsv):3: '{nothing}' in the column '(review|label)', .* remove the row; .* as \.jsonl or"
+    for name, text in (
+        ("my.csv", f"review,label\nfine,pos\n{nothing},neg\n"),
+        ("my.tsv", f"review\tlabel\nfine\tpos\ndull\t{nothing}\n"),
+    ):
+        (tmp_path / name).write_text(text)
+        data = DataConfig(root=str(tmp_path), text="review")
+        with pytest.raises(DataError, match=refused):
+            list(open_source(name, data, ("text", "label")))
+    # Where it is one word of several, or in a column that nothing says must be a text, or in a file that knows better.
+    (tmp_path / "fine.csv").write_text(f"text,label,note\na {nothing} bread,pos,{nothing}\n")
+    (tmp_path / "fine.jsonl").write_text(json.dumps({"text": nothing, "label": "pos"}) + "\n")
+    found = list(open_source(["fine.csv", "fine.jsonl"], DataConfig(root=str(tmp_path)), ("text", "label")))
+    assert [document.fields["text"] for document in found] == [f"a {nothing} bread", nothing]
+    unlabelled = written(tmp_path, "new.csv", f"text,label\nfine,{nothing}\n")
+    assert texts(unlabelled, required=("text",), optional=("label",)) == ["fine"]
+
+
 def test_missing_file_and_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.txt: no such file"):
         read(tmp_path / "none.txt")

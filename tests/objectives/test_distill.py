@@ -14,12 +14,15 @@ from isoform import chance
 from isoform.contracts import Document
 from isoform.data.batches import collate
 from isoform.errors import ConfigError
+from isoform.models.bag_of_words import NaiveBayes
 from isoform.models.bert import Bert
 from isoform.models.gpt2 import GPT2
+from isoform.models.heads import Classifier
 from isoform.models.t5 import T5
 from isoform.objectives.distill import Distill, distance, divergence
 from isoform.registry import build_options
 from isoform.text.kinds import Char
+from isoform.text.ngrams import NGrams
 from isoform.text.tokenizers import train_tokenizer
 from isoform.training.step import LossModule, accumulate, trained_parameters
 
@@ -278,6 +281,9 @@ def test_a_teacher_that_does_not_fit_is_told_in_one_line(tokenizer) -> None:
     others = type(named)(named.config.model_copy(update={"labels": ["a", "b"]}), tokenizer, 24)
     join("classify", others.fitted(Bert.tiny(**size), seed=0))
     assert "has the labels a, b; neg, pos, so-so are expected, in any order" in lines[-1]
+    terms = NaiveBayes(NaiveBayes.Config(vocab_size=5, classifier=Classifier(labels=tuple(LABELS))))
+    join("classify", terms, NGrams([], 1, 1))
+    assert "is fitted in one go and reads terms, not the student's tokens: it cannot teach" in lines[-1]
     several = asking(tokenizer, "several").of
     join("classify", several.fitted(Bert.tiny(**size), seed=0))
     assert "is a classifier of kind multi-label; single-label is expected" in lines[-1]

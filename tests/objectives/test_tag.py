@@ -19,6 +19,7 @@ from isoform.contracts import IGNORE, Document
 from isoform.data.batches import collate
 from isoform.errors import ConfigError, DataError
 from isoform.evaluation.evaluate import evaluate
+from isoform.evaluation.metrics import StreamingMetrics, build_metrics
 from isoform.models.bert import Bert
 from isoform.models.heads import Classifier
 from isoform.objectives.tag import Tag, spans
@@ -206,6 +207,15 @@ def test_intervals_are_over_sentences(pieces) -> None:
     found = evaluate(model_for(asking, pieces), asking, documents, split="dev", metrics=["tag_accuracy", "entity_f1"])
     for row in found.rows:
         assert row["n"] == 20 and row["low"] <= row["value"] <= row["high"]
+
+
+def test_perfect_entities_of_few_sentences_are_not_certain() -> None:
+    """Nine sentences of which three have all the entities say as much as three do."""
+    entities = np.array([1.0, 1.0, 1.0, 0, 0, 0, 0, 0, 0])
+    stream = StreamingMetrics(build_metrics(["entity_precision", "entity_recall", "entity_f1"]))
+    stream.add({"gold_entities": entities, "predicted_entities": entities, "hit_entities": entities})
+    for row in stream.rows("dev"):
+        assert (row["value"], row["low"], row["high"], row["n"]) == (1.0, pytest.approx(3 / (3 + 1.959964**2)), 1.0, 9)
 
 
 def test_words_that_are_cut_off_count_as_wrong(pieces) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from isoform.errors import ConfigError, DataError
 from isoform.registry import component, names
+from isoform.text import kinds
 from isoform.text import tokenizers as module
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer, train_tokenizer
 
@@ -159,6 +160,32 @@ def test_training_is_the_same_in_every_process(kind: str, tokenizers: dict[str, 
         for _ in range(2)
     }
     assert found == {tokenizers[kind].fingerprint()}
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_a_word_of_a_million_characters_is_learnt_from(kind: str, tmp_path: Path) -> None:
+    """The library's trainers take hours for it: the time goes with the square of the longest word."""
+    from transformers import AutoTokenizer
+
+    word = "w" * 1_000_000
+    _, config = component("tokenizer", {"kind": kind, "vocab_size": 400}, "text.tokenizer")
+    tokenizer = train_tokenizer(kind, config, [*TEXTS, word])
+    ids = tokenizer.encode(word)
+    if kind == "bpe":
+        assert tokenizer.decode(ids) == word
+        assert len(ids) <= len(word) / 100, "runs of the letter were learnt"
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs(word, add_special_tokens=False)["input_ids"] == ids.tolist()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_words_of_ordinary_length_are_learnt_from_whole(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = trained(kind)
+    monkeypatch.setattr(kinds, "LONGEST_WORD_CHARACTERS", 50_000)
+    assert trained(kind).fingerprint() == expected.fingerprint()
+    described = json.loads(expected.backend.to_str())["pre_tokenizer"]
+    assert described["type"] in {"ByteLevel", "BertPreTokenizer"}, "the cut is no part of the tokenizer"
 
 
 def test_words_as_in_a_kept_alphabet() -> None:

@@ -182,6 +182,17 @@ def test_the_plan_counts_what_is_trained(make):
     assert adapted["disk_bytes"] < full["disk_bytes"]
 
 
+def test_an_adapter_that_nothing_trains_is_refused(make):
+    message = r"train.parameters: .* leaves out blocks\.0\..*\.up, .* add '\*\.adapters\.\*'"
+    for patterns in (["final_norm*"], ["*.adapters.*.down"]):
+        with pytest.raises(ConfigError, match=message) as error:
+            prepare(make({**LORA, "train": {"parameters": patterns}}))
+        assert "\n" not in str(error.value)
+    beside = prepare(make({**LORA, "train": {"parameters": ["*.adapters.*"]}})).model
+    trained = {name for name, tensor in beside.named_parameters() if tensor.requires_grad}
+    assert trained == set(adapter_state(beside))
+
+
 def test_four_bits_are_refused_where_they_cannot_be(make, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigError, match=r"adapter.base_bits: 4 needs .*CUDA"):

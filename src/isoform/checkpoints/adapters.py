@@ -26,6 +26,7 @@ from torch import Tensor
 
 from isoform.checkpoints import tensors
 from isoform.checkpoints.parity import probe_batch, relative_error
+from isoform.checkpoints.sources import resolve_model
 from isoform.errors import CheckpointError, ConfigError
 from isoform.layers.lora import LowRank, scale_of
 from isoform.models import lora, names
@@ -34,6 +35,8 @@ from isoform.registry import build_options, nearest
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 STEM = "base_model.model."
+# A base that is named as of the hub: owner/name, perhaps @revision.
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?")
 # What a merge may change at most, relative: float32 sums in another order.
 TOLERANCE = 1e-4
 # Fields of adapter_config.json that change what is computed, with the values under which they do not.
@@ -188,7 +191,7 @@ def _modules(model: Any, whole: dict[str, Tensor]) -> list[str]:
 def _task(model: Any) -> str | None:
     """PEFT's name for what the model does; None where it has none."""
     if getattr(model, "classifier", None) is not None:
-        return "SEQ_CLS"
+        return "TOKEN_CLS" if model.classifier.pooling == "none" else "SEQ_CLS"
     if "encoder-decoder" in model.capabilities:
         return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if "causal" in model.capabilities else None
@@ -329,7 +332,8 @@ def check_base(model: Any, folder: Path) -> None:
 
 
 def find_base(folder: Path) -> Path:
-    """Where an adapter's base stands: in its own folder, in `base/` of its run, or where its config says.
+    """Where an adapter's base stands: in its own folder, in `base/` of its run, or where its config says, which may be
+    a name of the hub.
 
     Raises: CheckpointError that says how to name it.
     """
@@ -338,13 +342,20 @@ def find_base(folder: Path) -> Path:
     for place in (folder, folder.parent, folder.parent.parent):
         if (place / "base" / "config.json").is_file() and (folder / "isoform.json").is_file():
             return place / "base"
-    named = tensors.read_object(folder / CONFIG).get("base_model_name_or_path")
+    config = tensors.read_object(folder / CONFIG)
+    named, why = config.get("base_model_name_or_path"), "which is not here"
     for path in (Path(str(named)), folder / str(named)) if named else ():
         if path.is_dir():
             return path
+    if HUB_NAME.fullmatch(str(named)):
+        revision = f"@{config['revision']}" if config.get("revision") and "@" not in str(named) else ""
+        try:
+            return resolve_model(f"hf:{named}{revision}")
+        except CheckpointError as error:
+            why = f"which is no folder here; {error}"
     raise CheckpointError(
-        f"{folder / CONFIG}: base_model_name_or_path is {json.dumps(named)}, which is not here; name the base: "
-        f"isoform.load({str(folder)!r}, base={'hf:' + str(named) if named else 'FOLDER'!r})"
+        f"{folder / CONFIG}: base_model_name_or_path is {json.dumps(named)}, {why}; name the base: `--base FOLDER`, "
+        "or `base=` in Python"
     )
 
 

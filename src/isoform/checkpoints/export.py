@@ -82,11 +82,11 @@ class Written:
     notes: tuple[str, ...]
 
 
-def export_model(path: str | Path, to: str, out: Path | None = None) -> Exported:
+def export_model(path: str | Path, to: str, out: Path | None = None, *, base: str | Path | None = None) -> Exported:
     """Writes the model in another program's format, and proves that this program makes the same of it.
 
-    out: a new folder, or one of an earlier export, which is replaced. Raises: ConfigError, CheckpointError with the
-    reason or the largest difference.
+    out: a new folder, or one of an earlier export, which is replaced. base: of an adapter whose folder does not say.
+    Raises: ConfigError, CheckpointError with the reason or the largest difference.
     """
     if to not in FORMATS:
         raise ConfigError(f"--to: {to!r} given, {', '.join(FORMATS)} is expected")
@@ -96,7 +96,7 @@ def export_model(path: str | Path, to: str, out: Path | None = None) -> Exported
     target = _target(path, to) if out is None else out
     if target.exists() and not (target / RECORD).is_file():
         raise ConfigError(f"--out: {target} is there and is no earlier export; name another folder, or remove it")
-    loaded = folders.load_model(path)
+    loaded = folders.load_model(path, base=base)
     if "fits" in loaded.model.capabilities:
         raise CheckpointError(f"{path}: {loaded.family}, a bag of words, has no form in another program")
     if to == "peft" and "base" not in loaded.info:

@@ -222,6 +222,8 @@ def load_model(
     missing or of another shape are refused by name. Raises: CheckpointError.
     """
     folder = resolve_model(path)
+    if base is not None and not adapters.is_adapter(folder):
+        raise CheckpointError(f"{path}: a whole model and no adapter, which has no base {base}; leave the base out")
     if folder.suffix == GGUF_SUFFIX and folder.is_file():
         return _load_gguf(folder, dtype, device)
     if adapters.is_adapter(folder):

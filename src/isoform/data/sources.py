@@ -36,6 +36,8 @@ PLAIN, CHATS = ("text", "label", "question", "answer"), ("messages", "instructio
 KNOWN_FIELDS = (*PLAIN, *CHATS, "prompt", "chosen", "rejected", "tokens", "tags")
 # Fields that may hold a list or an object: it travels as its JSON text.
 NESTED_FIELDS = frozenset({"messages", "conversations", "prompt", "chosen", "rejected", "tokens", "tags"})
+# What pandas and numpy write for nothing where a csv is made of texts; in these columns it is hardly ever meant.
+NOTHING, GIVEN_FIELDS = frozenset({"nan", "NaN"}), frozenset({"text", "label"})
 # Fields that add to another one, in which nothing is no mistake.
 ADDED_FIELDS = frozenset({"input"})
 
@@ -133,6 +135,12 @@ class DocumentSource:
             fields = {}
             for field, column in mappings[columns].items():
                 text = self._text(values[column], field, f"{table.name}:{row}", column)
+                if text in NOTHING and field in GIVEN_FIELDS and field not in self._optional and _in_cells(table):
+                    raise DataError(
+                        f"{table.name}:{row}: {text!r} in the column {column!r}, which is how a missing value is "
+                        "written; give it a text or remove the row; if the word is meant, give the data as .jsonl or "
+                        ".parquet"
+                    )
                 if text is not None:
                     fields[field] = text
             taken = set(mappings[columns].values())
@@ -159,7 +167,7 @@ class DocumentSource:
         column = self._column(field)
         there = ", ".join(repr(name if len(name) <= 40 else name[:37] + "...") for name in columns) or "none"
         hint = f"name it with `data.{field}`" if field in KNOWN_FIELDS else "rename one"
-        if isinstance(table, FileTable) and format_of(table.path) in (".csv", ".tsv"):
+        if _in_cells(table):
             names = ", ".join(self._column(name) for name in (self._required[0] if self._required else needed[0]))
             hint += f"; if the first row is no header, set `data.columns: [{names}]`"
         return f"{table.name}: no column {column!r}{nearest(column, columns)}; the columns are {there}; {hint}"
@@ -235,6 +243,11 @@ def _origin(spec: str, data: DataConfig, layout: Layout) -> Origin:
         under = f"; `data.root` is {data.root}" if data.root and not Path(spec).is_absolute() else ""
         raise DataError(f"{path}: no such file or folder{under}")
     return Origin(spec, tuple(_files(spec, path, layout)))
+
+
+def _in_cells(table: Table) -> bool:
+    """Whether the table is a csv or tsv, which knows neither kinds of values nor the lack of one."""
+    return isinstance(table, FileTable) and format_of(table.path) in (".csv", ".tsv")
 
 
 def _is_data(file: Path) -> bool:

@@ -57,6 +57,11 @@ class ByLabel:
         weights = gold if self.weighted else ((gold + predicted) > 0).astype(np.float64)
         return ratio((scores * weights).sum(axis=0), weights.sum(axis=0))
 
+    def weights(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """Of an example with the label K: 1, or 1 / t_K where labels count evenly, however rare they are."""
+        there = {name: float(total) for name, total in sums.items() if name.startswith("gold.") and total > 0}
+        return {name: 1.0 if self.weighted else 1 / total for name, total in there.items()}
+
 
 @register("metric", "macro_precision")
 class MacroPrecision(ByLabel):
@@ -136,6 +141,12 @@ class Mcc:
         result = np.divide(covariance, spread, out=np.zeros_like(spread), where=spread > 0)
         return np.where(n > 0, result, np.nan) if np.ndim(result) else float(result if n > 0 else np.nan)
 
+    def at_share(self, sums: Mapping[str, Any], share: float) -> float:
+        """Where such a share of the labels is right, beyond what would be by chance: (share - s) / (1 - s)."""
+        gold, _, _ = label_sums(sums)
+        chance = float((gold**2).sum() / gold.sum() ** 2)
+        return (share - chance) / (1 - chance)
+
 
 @register("metric", "calibration_error")
 class CalibrationError:
@@ -206,8 +217,46 @@ class Pearson:
 
     def value(self, sums: Mapping[str, Any]) -> Any:
         n, x, y = (np.asarray(sums[name], dtype=np.float64) for name in ("examples", "said", "expected"))
-        spread = (n * sums["said_squared"] - x**2) * (n * sums["expected_squared"] - y**2)
-        return ratio(n * sums["product"] - x * y, np.sqrt(np.maximum(spread, 0)))
+        spreads = _spread(n, x, sums["said_squared"]) * _spread(n, y, sums["expected_squared"])
+        return np.clip(ratio(n * sums["product"] - x * y, np.sqrt(spreads)), -1.0, 1.0)
+
+    def slopes(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        """The partial derivatives: a numeric step of a sum of squares would leave the formula's domain.
+
+        r = c / sqrt(u v), c = n sum xy - sum x sum y, u = n sum x^2 - (sum x)^2, v likewise:
+        dr = dc / sqrt(u v) - r/2 (du / u + dv / v).
+        """
+        n, x, y = (float(sums[name]) for name in ("examples", "said", "expected"))
+        squares, others, product = (float(sums[name]) for name in ("said_squared", "expected_squared", "product"))
+        u, v = float(_spread(n, x, squares)), float(_spread(n, y, others))
+        scale, r = math.sqrt(u * v), float(self.value(sums))
+        return {
+            "said": r * x / u - y / scale,
+            "expected": r * y / v - x / scale,
+            "said_squared": -r * n / (2 * u),
+            "expected_squared": -r * n / (2 * v),
+            "product": n / scale,
+            "examples": product / scale - r / 2 * (squares / u + others / v),
+        }
+
+    def bounds(self, value: float, error: float) -> tuple[float, float]:
+        """tanh(atanh(r) -+ error / (1 - r^2)): a correlation's error is even on this scale only (Fisher 1921)."""
+        middle, half = math.atanh(value), error / (1 - value**2)
+        return math.tanh(middle - half), math.tanh(middle + half)
+
+    def at_share(self, sums: Mapping[str, Any], share: float) -> float:
+        """Where such a share of the numbers is right and the others have nothing to do with what was expected.
+
+        A line goes through any two points: of two examples nothing is known.
+        """
+        return share if sums["examples"] > 2 else -1.0
+
+
+def _spread(n: Any, total: Any, squares: Any) -> Any:
+    """n sum x^2 - (sum x)^2, 0 where it is no more than the rounding of the two."""
+    most = n * np.asarray(squares, dtype=np.float64)
+    spread = most - np.asarray(total, dtype=np.float64) ** 2
+    return np.where(spread > 16 * np.finfo(np.float64).eps * most, spread, 0.0)
 
 
 def label_sums(sums: Mapping[str, Any]) -> tuple[Any, Any, Any]:

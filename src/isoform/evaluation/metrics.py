@@ -52,6 +52,9 @@ class Perplexity:
         with np.errstate(over="ignore"):
             return np.exp(ratio(sums["nats"], sums["tokens"]))
 
+    def bounds(self, value: float, error: float) -> tuple[float, float]:
+        return around_logarithm(value, error)
+
 
 @register("metric", "bits_per_byte")
 class BitsPerByte:
@@ -80,6 +83,9 @@ class TokenAccuracy:
     def value(self, sums: Mapping[str, Any]) -> Any:
         return ratio(sums["correct_tokens"], sums["tokens"])
 
+    def weights(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        return {"tokens": 1.0}
+
 
 @register("metric", "masked_accuracy")
 class MaskedAccuracy(TokenAccuracy):
@@ -105,6 +111,9 @@ class PseudoPerplexity:
     def value(self, sums: Mapping[str, Any]) -> Any:
         with np.errstate(over="ignore"):
             return np.exp(ratio(sums["pseudo_nats"], sums["pseudo_tokens"]))
+
+    def bounds(self, value: float, error: float) -> tuple[float, float]:
+        return around_logarithm(value, error)
 
 
 @register("metric", "exact_match")
@@ -153,7 +162,8 @@ def columns_of(metric: Any, available: Iterable[str]) -> tuple[str, ...]:
 class StreamingMetrics:
     """Metrics of however many examples, with intervals, from sums that do not grow; two halves may be added together.
 
-    Kept of the examples' columns x `(k,)`: the sums of x and of the products x x^T `(k, k)`, in float64.
+    Kept of the examples' columns x `(k,)`: the sums of x and of the products (x - c)(x - c)^T `(k, k)`, in float64; c
+    `(k,)`: the first examples' means, without which numbers far from 0 would lose their spread in rounding.
     """
 
     def __init__(self, metrics: Iterable[Metric]) -> None:
@@ -161,6 +171,7 @@ class StreamingMetrics:
         self.names: tuple[str, ...] = ()
         self.num_examples = 0
         self._sums = np.zeros(0)
+        self._centre = np.zeros(0)
         self._products = np.zeros((0, 0))
         self._binary = np.zeros(0, dtype=bool)
         # columns that were never anything but 0 and 1
@@ -175,32 +186,41 @@ class StreamingMetrics:
         The first examples say which columns there are; one that others lack is no number from there on.
         """
         columns = {name: np.atleast_1d(np.asarray(values, dtype=np.float64)) for name, values in stats.items()}
-        if not columns:
+        number = len(next(iter(columns.values()), ()))
+        if number == 0:
             return
-        number = len(next(iter(columns.values())))
         if not self.names:
-            self._start(tuple(columns))
+            means = [math.fsum(values) / number for values in columns.values()]
+            self._start(tuple(columns), np.array([mean if math.isfinite(mean) else 0.0 for mean in means]))
         absent = np.full(number, np.nan)
         table = np.stack([columns.get(name, absent) for name in self.names])  # (k, b)
         self._sums = np.array([math.fsum(values) for values in np.column_stack([self._sums, table])])
         with np.errstate(invalid="ignore"):
-            self._products = self._products + table @ table.T
+            spread = table - self._centre[:, None]
+            self._products = self._products + spread @ spread.T
         self._binary = self._binary & np.isin(table, (0.0, 1.0)).all(axis=1)
         self.num_examples += number
 
     def merge(self, other: StreamingMetrics) -> None:
         """Adds what another rank has seen, of the same columns."""
         if not self.names:
-            self._start(other.names)
+            self._start(other.names, other._centre)
         places = [other.names.index(name) for name in self.names] if other.names else []
         if places:
             self._sums = self._sums + other._sums[places]
-            self._products = self._products + other._products[np.ix_(places, places)]
+            self._products = self._products + other._about(self._centre, places)
             self._binary = self._binary & other._binary[places]
         self.num_examples += other.num_examples
 
-    def _start(self, names: tuple[str, ...]) -> None:
-        self.names = names
+    def _about(self, centre: Floats, places: list[int]) -> Floats:
+        """The sums of products of some columns about another centre `(k,)`."""
+        shift = self._centre[places] - centre
+        about = np.outer(self._sums[places] - self.num_examples * self._centre[places], shift)
+        moved: Floats = self._products[np.ix_(places, places)] + about + about.T
+        return moved + self.num_examples * np.outer(shift, shift)
+
+    def _start(self, names: tuple[str, ...], centre: Floats) -> None:
+        self.names, self._centre = names, centre
         self._sums, self._products = np.zeros(len(names)), np.zeros((len(names), len(names)))
         self._binary = np.ones(len(names), dtype=bool)
 
@@ -225,36 +245,61 @@ class StreamingMetrics:
         """Bounds over examples: Wilson for shares of examples, Student's t on the linearised metric otherwise.
 
         Linearised: value ~ constant + sum over examples of g . x, g `(k,)` the metric's gradient at the sums; its
-        variance is n times the variance of g . x. Perplexity is bounded on the scale of its logarithm. (None, None)
-        where one example or fewer was seen.
+        variance is n times the variance of g . x. Perplexity is bounded on the scale of its logarithm, a correlation on
+        that of its inverse hyperbolic tangent. Where nothing varies in what was seen, as at the end of a metric's
+        range, that is no proof that nothing would: there Wilson's bounds stand (`_unvarying`). (None, None) where one
+        example or fewer was seen, or the examples do not say how much the metric varies.
 
-        Source: Wilson 1927; the delta method for ratios, Cochran 1977, section 6.
+        Source: Wilson 1927; the delta method for ratios, Cochran 1977, section 6; Fisher 1921 for correlations.
         """
         from scipy import special
 
         names, n = columns_of(metric, self.names), self.num_examples
         places = [self.names.index(name) for name in names]
-        sums, products = self._sums[places], self._products[np.ix_(places, places)]
+        sums = self._sums[places]
         if n < 2 or not np.isfinite(sums).all():
             return None, None
         tail = 0.5 + confidence / 2
         if metric.mean_column is not None and self._binary[self.names.index(metric.mean_column)]:
             return wilson(self.sums[metric.mean_column], n, float(special.ndtri(tail)))
-        log_scale = metric.unit == "perplexity"
-
-        def at(point: Floats) -> float:
-            value = float(metric.value(dict(zip(names, point, strict=True))))
-            return math.log(value) if log_scale else value
-
-        gradient = np.array([_slope(at, sums, index) for index in range(len(sums))])
-        variance = max(0.0, float(gradient @ products @ gradient - (gradient @ sums) ** 2 / n)) / (n - 1)
-        error = math.sqrt(n * variance) * float(special.stdtrit(n - 1, tail))
-        low, high = at(sums) - error, at(sums) + error
-        if log_scale:
-            low, high = math.exp(low), math.exp(min(high, 700.0))
-        # Where a label is never said the slope of a correlation is steep beyond sense: then nothing is known.
         lowest, highest = getattr(metric, "limits", (0.0, 1.0) if metric.unit == "fraction" else (-math.inf, math.inf))
+        value = float(metric.value(dict(zip(names, sums, strict=True))))
+        if hasattr(metric, "at_share") and min(abs(value - lowest), abs(value - highest)) < 1e-12:
+            return self._unvarying(metric, value, places, float(special.ndtri(tail)))
+        slopes = getattr(metric, "slopes", None)
+        gradient = _slopes(metric, names, sums) if slopes is None else _vector(slopes(self.sums), names)
+        centre = self._centre[places]
+        total = float(gradient @ (sums - n * centre))
+        variance = float(gradient @ self._products[np.ix_(places, places)] @ gradient) - total**2 / n
+        error = math.sqrt(n * max(variance, 0.0) / (n - 1)) * float(special.stdtrit(n - 1, tail))
+        if not (math.isfinite(variance) and math.isfinite(error)):
+            return None, None
+        if error < 1e-6 and metric.unit == "fraction":  # no more than what numeric slopes are off
+            return self._unvarying(metric, value, places, float(special.ndtri(tail)))
+        low, high = getattr(metric, "bounds", _around)(value, error)
+        # Where a label is never said the slope of a correlation is steep beyond sense: then nothing is known.
         return max(lowest, low), min(highest, high)
+
+    def _unvarying(self, metric: Metric, value: float, places: list[int], z: float) -> tuple[float, float]:
+        """Wilson's bounds of a share of m examples: of m right ones m / (m + z^2) to 1.
+
+        m: the examples, or where some weigh more than others (`weights`: a long sentence, a rare label) so many equal
+        ones as would vary as much, (sum w)^2 / sum w^2. Of a correlation, what `at_share` makes of that share.
+        """
+        names, n, sums = [self.names[place] for place in places], self.num_examples, self._sums[places]
+        weights = np.zeros(len(names))
+        if (given := getattr(metric, "weights", None)) is not None:
+            weights = _vector(given(dict(zip(names, sums, strict=True))), names)
+        total, middle = float(weights @ sums), float(weights @ self._centre[places])
+        about = float(weights @ self._products[np.ix_(places, places)] @ weights)
+        squares = about + 2 * middle * (total - n * middle) + n * middle**2
+        effective = total**2 / squares if squares > 0 else float(n)
+        if metric.unit == "fraction":
+            low, high = wilson(value * effective, effective, z)
+            return min(low, value), max(high, value)
+        correlation: Any = metric
+        reached = correlation.at_share(dict(zip(names, sums, strict=True)), wilson(effective, effective, z)[0])
+        return (reached, value) if value > 0 else (value, -reached)
 
 
 def metric_value(metric: Metric, sums: Mapping[str, float]) -> float | None:
@@ -265,16 +310,35 @@ def metric_value(metric: Metric, sums: Mapping[str, float]) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _slope(function: Any, point: Floats, index: int) -> float:
-    """The partial derivative by a central difference; 0 where the coordinate is 0 and cannot be scaled."""
-    step = np.zeros_like(point)
-    step[index] = 1e-6 * abs(point[index])
-    if step[index] == 0.0:
-        step[index] = 1e-6
-    return float((function(point + step) - function(point - step)) / (2 * step[index]))
+def _slopes(metric: Metric, names: tuple[str, ...], point: Floats) -> Floats:
+    """The metric's partial derivatives by central differences; 0 where a coordinate is 0 and cannot be scaled."""
+
+    def at(place: Floats) -> float:
+        return float(metric.value(dict(zip(names, place, strict=True))))
+
+    slopes = np.zeros_like(point)
+    for index, coordinate in enumerate(point):
+        step = np.zeros_like(point)
+        step[index] = 1e-6 * abs(coordinate) or 1e-6
+        slopes[index] = (at(point + step) - at(point - step)) / (2 * step[index])
+    return slopes
 
 
-def wilson(successes: float, n: int, z: float) -> tuple[float, float]:
+def _vector(by_column: Mapping[str, float], names: Iterable[str]) -> Floats:
+    return np.array([by_column.get(name, 0.0) for name in names], dtype=np.float64)
+
+
+def _around(value: float, error: float) -> tuple[float, float]:
+    return value - error, value + error
+
+
+def around_logarithm(value: float, error: float) -> tuple[float, float]:
+    """Bounds on the scale of the logarithm: value / e^(error / value) and value x e^(error / value)."""
+    middle, half = math.log(value), error / value
+    return math.exp(middle - half), math.exp(min(middle + half, 700.0))
+
+
+def wilson(successes: float, n: float, z: float) -> tuple[float, float]:
     """Wilson's bounds of a proportion: (p + z^2/2n -+ z sqrt(p (1-p)/n + z^2/4n^2)) / (1 + z^2/n)."""
     p = successes / n
     centre = p + z * z / (2 * n)

@@ -34,6 +34,9 @@ class EntityPrecision(EntityScore):
     def value(self, sums: Mapping[str, Any]) -> Any:
         return ratio(sums["hit_entities"], sums["predicted_entities"])
 
+    def weights(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        return {"predicted_entities": 1.0}
+
 
 @register("metric", "entity_recall")
 class EntityRecall(EntityScore):
@@ -44,6 +47,9 @@ class EntityRecall(EntityScore):
     def value(self, sums: Mapping[str, Any]) -> Any:
         return ratio(sums["hit_entities"], sums["gold_entities"])
 
+    def weights(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        return {"gold_entities": 1.0}
+
 
 @register("metric", "entity_f1")
 class EntityF1(EntityScore):
@@ -53,6 +59,9 @@ class EntityF1(EntityScore):
 
     def value(self, sums: Mapping[str, Any]) -> Any:
         return ratio(2 * sums["hit_entities"], sums["gold_entities"] + sums["predicted_entities"])
+
+    def weights(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        return {"gold_entities": 1.0, "predicted_entities": 1.0}
 
 
 @register("metric", "tag_accuracy")
@@ -67,3 +76,6 @@ class TagAccuracy:
 
     def value(self, sums: Mapping[str, Any]) -> Any:
         return ratio(sums["correct_tokens"], sums["words"])
+
+    def weights(self, sums: Mapping[str, Any]) -> dict[str, float]:
+        return {"words": 1.0}

@@ -35,7 +35,7 @@ from isoform.registry import Options, nearest, register
 LABEL = "_label"
 # Equal parts of the range of confidence, in which it is compared with the share of right answers.
 BINS = 15
-AVERAGES = ("macro_f1", "macro_precision", "macro_recall", "weighted_f1")
+AVERAGES = tuple(f"{average}_{score}" for average in ("macro", "weighted") for score in ("f1", "precision", "recall"))
 METRICS: dict[Task, tuple[str, ...]] = {
     "single-label": ("accuracy", *AVERAGES, "mcc", "loss", "calibration_error"),
     "multi-label": ("accuracy", *AVERAGES, "loss"),

@@ -74,6 +74,11 @@ class Teacher:
         return ConfigError(f"objective.teacher: {self.settings.teacher} {why}; {advice}")
 
     def _check_abilities(self, teacher: Any) -> None:
+        if "fits" in teacher.capabilities:
+            raise self._refused(
+                "is fitted in one go and reads terms, not the student's tokens: it cannot teach",
+                "a transformer is expected",
+            )
         missing = self.objective.needs - teacher.capabilities
         if missing or (not self.by_token and teacher.config.classifier is None):
             kind = self.settings.of["kind"]

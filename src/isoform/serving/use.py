@@ -73,17 +73,22 @@ class Opened:
 
 
 def open_model(
-    path: str | Path, *, precision: str | None = None, max_tokens: int | None = None, int8: bool = False
+    path: str | Path,
+    *,
+    base: str | Path | None = None,
+    precision: str | None = None,
+    max_tokens: int | None = None,
+    int8: bool = False,
 ) -> Opened:
     """Opens a run folder or a model folder; a model that no run trained is taken as a language model,
     causal or masked, or from text to text, as its family is.
 
-    int8: labels, answers and scores come from weights of 8 bits.
+    base: of an adapter whose folder does not say. int8: labels, answers and scores come from weights of 8 bits.
 
     Raises: CheckpointError, ConfigError.
     """
     device = machine.choose_device()
-    loaded = load_model(path, device=device)
+    loaded = load_model(path, base=base, device=device)
     if loaded.tokenizer is None:
         raise CheckpointError(f"{path}: {loaded.info['tokenizer']}; put the model's tokenizer.json into the folder")
     config = _run_of(Path(path))

@@ -28,6 +28,9 @@ from isoform.text.tokenizers import TextTokenizer, sentinel
 Role = Literal["pad", "unk", "bos", "eos", "mask", "sep", "cls"]
 MAX_ALPHABET = 1000
 BLOCK_CHARACTERS = 1_000_000
+# The trainer of merges takes time with the square of a word's length: a word of a million characters would take hours,
+# the same characters in pieces of this length take seconds. No word of a language comes near it.
+LONGEST_WORD_CHARACTERS = 500
 
 
 class TokenizerOptions(Options):
@@ -149,7 +152,8 @@ class Bpe:
         backend = Backend(models.BPE())
         if config.lowercase:
             backend.normalizer = normalizers.Lowercase()
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        parting = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = _with_short_words(parting)
         backend.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=config.vocab_size,
@@ -159,6 +163,7 @@ class Bpe:
             show_progress=False,
         )
         backend.train_from_iterator(texts, trainer)
+        backend.pre_tokenizer = parting
         return _with_special(backend, special)
 
 
@@ -185,7 +190,8 @@ class WordPiece:
         special: dict[str, str] = {role: f"[{role.upper()}]" for role in config.special} | _sentinels(config)
         backend = Backend(models.WordPiece(unk_token=special["unk"]))
         backend.normalizer = normalizers.BertNormalizer(lowercase=config.lowercase)
-        backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        parting = pre_tokenizers.BertPreTokenizer()
+        backend.pre_tokenizer = _with_short_words(parting)
         words: Counter[str] = Counter()
         for text in texts:
             words.update(text.split())
@@ -204,9 +210,15 @@ class WordPiece:
         backend.train_from_iterator(_repeated(words), trainer)
         vocab = backend.get_vocab(with_added_tokens=False)
         trained = Backend(models.WordPiece(vocab=vocab, unk_token=special["unk"]))
-        trained.normalizer, trained.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        trained.normalizer, trained.pre_tokenizer = backend.normalizer, parting
         trained.decoder = decoders.WordPiece(prefix="##", cleanup=False)
         return _with_special(trained, special)
+
+
+def _with_short_words(parting: Any) -> Any:
+    """The pre-tokenizer with over-long words cut: for training only, encoding takes any length in linear time."""
+    pieces = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_WORD_CHARACTERS}}}"), behavior="isolated")
+    return pre_tokenizers.Sequence([parting, pieces])
 
 
 def _character_counts(texts: Iterable[str]) -> dict[str, int]:
