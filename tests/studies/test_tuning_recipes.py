@@ -16,10 +16,11 @@ import pytest
 
 from isoform.checkpoints.folders import save_model
 from isoform.config import study_config
-from isoform.models.bert import Bert, Roberta
+from isoform.models.bert import Bert
 from isoform.models.distilbert import DistilBert
 from isoform.models.llama import Llama
 from isoform.models.modernbert import ModernBert
+from isoform.models.roberta import Roberta
 from isoform.reading import merge, read_config
 from isoform.registry import lookup
 from isoform.studies import audit
