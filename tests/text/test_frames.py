@@ -70,3 +70,12 @@ def test_a_frame_that_is_given_is_what_transformers_adds(kind: str, tmp_path: Pa
     assert again.frame == frame and again.framed(frame) is again
     assert again.fingerprint() == tokenizer.fingerprint(), "ids of a text are the same"
     assert np.array_equal(again.encode(TEXTS[0]), tokenizer.encode(TEXTS[0])) and tokenizer.frame is None
+
+
+def test_a_frame_of_nothing_takes_away_what_the_file_added(tmp_path: Path) -> None:
+    tokenizer = made("wordpiece", ["pad", "unk", "cls", "sep"])
+    sep, cls = ((tokenizer.special[role], tokenizer.special_ids[role]) for role in ("sep", "cls"))
+    tokenizer.backend.post_processor = POST["bert"](sep, cls)
+    tokenizer.framed(Frame.of_edges((), ())).save(tmp_path)
+    assert AutoTokenizer.from_pretrained(tmp_path)(TEXTS[0])["input_ids"] == tokenizer.encode(TEXTS[0]).tolist()
+    assert load_tokenizer(tmp_path).frame is None

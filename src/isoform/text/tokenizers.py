@@ -91,7 +91,7 @@ class TextTokenizer:
 
     def framed(self, frame: Frame) -> TextTokenizer:
         """The same tokenizer, whose file lays `frame` around texts for whoever reads it by other means."""
-        if frame == self.frame or not frame.num_added(1):
+        if frame == self.frame or (self.frame is None and not frame.num_added(1)):
             return self
         backend = Backend.from_str(self.backend.to_str())
         backend.post_processor = processor(backend, frame)
