@@ -282,9 +282,8 @@ def _load_whole(folder: Path, dtype: torch.dtype | None, device: str | torch.dev
     model = _filled(cls(config, seed=None), weights, str(folder), dtype, device)
     tokenizer, reason = _load_tokenizer(folder, config)
     info = {"path": str(folder), "extra": extra, "verified": verified, "hf_config": hf_config, "tokenizer": reason}
-    dtypes = tensors.stored_dtypes(folder)
-    if len(set(dtypes.values())) > 1:
-        info["dtypes"] = dtypes
+    if len({tensor.dtype for tensor in weights.values()}) > 1:
+        info["dtypes"] = tensors.stored_dtypes(folder)
     if (folder / "generation_config.json").is_file():
         info["generation"] = read_object(folder / "generation_config.json")
     return LoadedModel(model, tokenizer, family, config, info)

@@ -69,7 +69,7 @@ def read_config(given: Mapping[str, Any]) -> dict[str, Any]:
     tied = given.get("tie_word_embeddings", True) is not False
     scaled = bool(given.get("scale_decoder_outputs", tied))
     # Its own v1.1 has the embedding for a head; published ones have a head among their tensors.
-    alone = "lm_head.weight" in given.get("tensor_names", ["lm_head.weight"])
+    own_head = "lm_head.weight" in given.get("tensor_names", ["lm_head.weight"])
     layers = given.get("num_layers", 6)
     return {
         "vocab_size": given.get("vocab_size", 32128),
@@ -85,7 +85,7 @@ def read_config(given: Mapping[str, Any]) -> dict[str, Any]:
         "start_id": given.get("decoder_start_token_id"),
         "norm_eps": given.get("layer_norm_epsilon", 1e-6),
         "feedforward": {"kind": _activation(given.get("feed_forward_proj", "relu"))},
-        "tied": (tied and scaled) or not alone,
+        "tied": (tied and scaled) or not own_head,
         "scale_logits": scaled,
     }
 

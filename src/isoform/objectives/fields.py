@@ -78,12 +78,12 @@ class Edged:
         begin, end = (edge_ids(self.tokenizer, roles, wanted, "objective.edges") for roles in (BEGIN, END))
         return Frame.of_edges(begin, end)
 
-    @property
+    @cached_property
     def begin(self) -> tuple[int, ...]:
         """Ids before a text, window or sentence."""
         return self.frame.before
 
-    @property
+    @cached_property
     def end(self) -> tuple[int, ...]:
         """Ids after each."""
         return self.frame.after
