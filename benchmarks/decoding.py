@@ -38,7 +38,8 @@ TEXTS = (
 
 def prepare(folder: Path, setting: Setting) -> None:
     """start/: the model as a LLaMA folder; prompts.json: ids of every prompt."""
-    from isoform.checkpoints.folders import load_model, save_model
+    from isoform.checkpoints.folders import load_model
+    from isoform.checkpoints.forms import save_model
 
     if setting.quick:
         model, tokenizer = _tiny()

@@ -30,7 +30,7 @@ import torch
 import transformers
 
 from isoform import machine
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.forms import save_model
 from isoform.contracts import IGNORE, Batch, Encoded, Sample
 from isoform.data.batches import collate
 from isoform.objectives.crossentropy import TokenObjective

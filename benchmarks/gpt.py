@@ -68,7 +68,7 @@ def config_of(size: Size, folder: Path, model: dict[str, Any]) -> Any:
 
 def prepare(size: Size, folder: Path, setting: Setting) -> None:
     """text.txt, and start/: a fresh model with its tokenizer as a GPT-2 folder."""
-    from isoform.checkpoints.folders import save_model
+    from isoform.checkpoints.forms import save_model
     from isoform.training import prepare as preparing
 
     size = size_of(size, setting)

@@ -42,7 +42,7 @@ def prepare(folder: Path, setting: Setting) -> None:
     import torch
     from safetensors.torch import save_file
 
-    from isoform.checkpoints.folders import save_model
+    from isoform.checkpoints.forms import save_model
     from isoform.training.feed import Feed
     from isoform.training.prepare import prepare as preparing
 

@@ -34,7 +34,7 @@ QUICK_MODEL = {"num_layers": 2, "num_heads": 2, "width": 32, "feedforward_width"
 
 def prepare(folder: Path, setting: Setting) -> None:
     """train.txt, val.txt, and start/: the plain recipe's fresh model as a GPT-2 folder."""
-    from isoform.checkpoints.folders import save_model
+    from isoform.checkpoints.forms import save_model
     from isoform.training.prepare import prepare as preparing
 
     if setting.quick:

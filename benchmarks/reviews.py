@@ -49,7 +49,7 @@ def size_of(setting: Setting) -> Size:
 
 def prepare(folder: Path, setting: Setting, *, updates_before: int = 0) -> None:
     """train.csv, test.csv, labelled.csv, and start/: the encoder with a classifier of two labels, as a BERT folder."""
-    from isoform.checkpoints.folders import save_model
+    from isoform.checkpoints.forms import save_model
     from isoform.training.prepare import prepare as preparing
     from isoform.training.updates import updates
 

@@ -144,7 +144,7 @@ def test_the_plain_gpt_is_a_gpt_2(tmp_path):
     from benchmarks.plain_gpt import PlainGPT
     from transformers import GPT2LMHeadModel
 
-    from isoform.checkpoints.folders import save_model
+    from isoform.checkpoints.forms import save_model
     from isoform.registry import build_options, lookup
 
     family = lookup("model", "gpt2")

@@ -11,7 +11,7 @@ import pytest
 
 import isoform
 from isoform import chance
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.forms import save_model
 from isoform.cli import main
 from isoform.errors import IsoformWarning
 from isoform.layers import choice

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelFo
 import isoform
 from isoform.checkpoints.adapters import load_adapter, merge
 from isoform.checkpoints.doctor import examine
-from isoform.checkpoints.folders import load_model, save_base, save_model
+from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.forms import save_base, save_model
 from isoform.checkpoints.parity import probe_batch
 from isoform.errors import CheckpointError, ConfigError
 from isoform.models import heads

@@ -14,7 +14,7 @@ import transformers
 from isoform import machine, storage
 from isoform.checkpoints import doctor
 from isoform.checkpoints.doctor import Finding, examine
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.forms import save_model
 from isoform.checkpoints.state import save_state
 from isoform.layers import choice
 from isoform.layers.feedforward import Gelu

@@ -27,7 +27,8 @@ from transformers import (
 )
 
 from isoform import storage
-from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.forms import save_model
 from isoform.contracts import Batch, Sequences
 from isoform.errors import CheckpointError
 from isoform.models.bert import Bert

@@ -15,7 +15,8 @@ from torch import Tensor
 import isoform
 from isoform import storage
 from isoform.checkpoints import adapters, export, gguf_writer, onnx, reload
-from isoform.checkpoints.folders import load_model, save_base, save_model
+from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.forms import save_base, save_model
 from isoform.cli import main
 from isoform.errors import CheckpointError, ConfigError
 from isoform.layers.rope_scaling import Llama3

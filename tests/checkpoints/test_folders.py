@@ -30,7 +30,8 @@ from transformers import (
 
 from isoform import registry, storage
 from isoform.checkpoints import tensors
-from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.forms import save_model
 from isoform.checkpoints.sources import PICKLES
 from isoform.errors import CheckpointError
 from isoform.models.gpt2 import GPT2

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from isoform import storage
-from isoform.checkpoints import folders, manifest, tensors
+from isoform.checkpoints import folders, forms, manifest, tensors
 from isoform.checkpoints.state import Loaded, latest_state, load_state, restore_optimizer, save_state
 from isoform.errors import CheckpointError, DiskError
 
@@ -130,16 +130,16 @@ def test_killed_while_a_folder_is_replaced_leaves_the_old_or_the_new_one(
     tmp_path: Path, training: Any, disk: Any, killed: Any, equal_tensors: Any, when: str
 ) -> None:
     run = training().update()
-    folders.save_model(tmp_path / "start" / "final", run.model, None)
+    forms.save_model(tmp_path / "start" / "final", run.model, None)
     weights = [run.weights(), run.update().weights()]
     with disk().installed() as whole:
         shutil.copytree(tmp_path / "start", tmp_path / "counted")
-        folders.save_model(tmp_path / "counted" / "final", run.model, None)
+        forms.save_model(tmp_path / "counted" / "final", run.model, None)
     for at in range(1, len(whole.operations) + 1):
         folder = tmp_path / f"{at}"
         shutil.copytree(tmp_path / "start", folder)
         with disk(at, when).installed(), pytest.raises(killed):
-            folders.save_model(folder / "final", run.model, None)
+            forms.save_model(folder / "final", run.model, None)
         storage.remove_leftovers(folder)
         found = folders.load_model(folder)
         assert any(equal_tensors(dict(found.model.state_dict()), table) for table in weights), whole.operations[at - 1]
@@ -305,7 +305,7 @@ def test_a_failed_save_removes_nothing(tmp_path: Path, training: Any, disk: Any)
 
 
 def test_a_model_folder_without_state_is_no_step(tmp_path: Path, training: Any) -> None:
-    folders.save_model(tmp_path / "step-000001", training().model, None)
+    forms.save_model(tmp_path / "step-000001", training().model, None)
     with pytest.raises(CheckpointError, match="no training state"):
         latest_state(tmp_path)
 

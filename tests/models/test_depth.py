@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoModel
 
-from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.forms import save_model
 from isoform.contracts import Batch, Sequences
 from isoform.errors import ConfigError
 from isoform.models import heads

@@ -21,7 +21,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.forms import save_model
 from isoform.errors import CheckpointError, ConfigError
 from isoform.models.llama import Llama
 

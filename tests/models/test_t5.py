@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.forms import save_model
 from isoform.checkpoints.tensors import read_model
 from isoform.config import run_config
 from isoform.contracts import Batch, Sequences

@@ -8,7 +8,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForTokenClassification
 
 from isoform.checkpoints.doctor import examine
-from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.forms import save_model
 from isoform.contracts import Batch, Sequences
 from isoform.errors import ConfigError
 from isoform.models import heads

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import XLNetConfig, XLNetForSequenceClassification, XLNetLMHeadModel, XLNetModel
 
 from isoform.checkpoints.doctor import examine
-from isoform.checkpoints.folders import load_model, save_model
+from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.forms import save_model
 from isoform.checkpoints.tensors import read_model
 from isoform.contracts import Batch, Sequences
 from isoform.errors import CheckpointError, ConfigError

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from isoform import chance
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.forms import save_model
 from isoform.contracts import Document
 from isoform.data.batches import collate
 from isoform.errors import ConfigError, DataError

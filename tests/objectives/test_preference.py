@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch.nn.functional import logsigmoid
 
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.forms import save_model
 from isoform.contracts import IGNORE, Document, Sample
 from isoform.data.batches import collate
 from isoform.errors import ConfigError, DataError

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoModelForTokenClassification, PreTrainedTokenizerFast
 
 from isoform import chance
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.forms import save_model
 from isoform.contracts import IGNORE, Document
 from isoform.data.batches import collate
 from isoform.errors import ConfigError, DataError

@@ -11,7 +11,7 @@ import torch
 
 import isoform
 from isoform import cli
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.forms import save_model
 from isoform.contracts import Prompt
 from isoform.errors import DataError
 from isoform.evaluation.generate import generate

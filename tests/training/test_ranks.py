@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import distributed
 from torch.distributed.fsdp import FSDPModule
 
-from isoform.checkpoints.folders import weights_file
+from isoform.checkpoints.forms import weights_file
 from isoform.config import run_config
 from isoform.errors import ConfigError
 from isoform.layers import choice, kernels

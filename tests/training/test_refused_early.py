@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from isoform.checkpoints import folders
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.forms import save_model
 from isoform.errors import CheckpointError, ConfigError
 from isoform.models.bert import Bert
 from isoform.models.gpt2 import GPT2

@@ -29,7 +29,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from isoform import storage
-from isoform.checkpoints import adapters, folders, gguf_writer, manifest, onnx, parity, reload, sources
+from isoform.checkpoints import adapters, folders, forms, gguf_writer, manifest, onnx, parity, reload, sources
 from isoform.checkpoints.folders import LoadedModel
 from isoform.contracts import Batch, Sequences
 from isoform.errors import CheckpointError, ConfigError
@@ -141,7 +141,7 @@ def _reading(loaded: LoadedModel) -> tuple[str, ...]:
 
 
 def _write_adapter(staged: Path, loaded: LoadedModel) -> Written:
-    form = folders.disk_form(loaded.model, loaded.tokenizer)
+    form = forms.disk_form(loaded.model, loaded.tokenizer)
     if form.native_because is not None:
         raise CheckpointError(
             f"{loaded.info['path']}: no PEFT form: its base has none in transformers: {form.native_because}"
@@ -149,7 +149,7 @@ def _write_adapter(staged: Path, loaded: LoadedModel) -> Written:
     base = loaded.info["base"]
     if not Path(base).is_dir():
         raise CheckpointError(f"{loaded.info['path']}: no PEFT form: its base {base} is no Hugging Face folder")
-    folders.write_files(staged, loaded.model, loaded.tokenizer, form)
+    forms.write_files(staged, loaded.model, loaded.tokenizer, form)
     return Written(_last_token(loaded), (f"the base stands in {base} (base_model_name_or_path); take it along",))
 
 
@@ -195,8 +195,8 @@ def _companions(staged: Path, loaded: LoadedModel, *, weights: bool) -> None:
     """Config with its label names, tokenizer, chat template, generation config and the like; and weights on request."""
     place = Path(str(loaded.info["path"]))
     if place.is_file() or "merged" in loaded.info:
-        form = folders.disk_form(loaded.model, loaded.tokenizer)
-        folders.write_files(staged, loaded.model, loaded.tokenizer, form)
+        form = forms.disk_form(loaded.model, loaded.tokenizer)
+        forms.write_files(staged, loaded.model, loaded.tokenizer, form)
         if "generation" in loaded.info:
             storage.write_json(staged / "generation_config.json", loaded.info["generation"])
         if not weights:

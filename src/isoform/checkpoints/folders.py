@@ -1,12 +1,6 @@
-"""Model folders, in and out: what `save_model` writes, Hugging Face reads wherever it has a form for the model.
+"""Model folders, in: run, isoform and Hugging Face folders, adapters and .gguf files, checked before anything is built.
 
-config.json              the Hugging Face config, or `model_type: isoform-<family>` where there is none
-model.safetensors        weights under the names of that form (several files and an index for a large model)
-tokenizer.json ...       the tokenizer
-generation_config.json   the ids that begin, end and pad a text; the longest text
-isoform.json             family and Config, so that loading is exact in either case; why there is no HF form, if so
-adapter_config.json ...  in place of config.json and weights: an adapter alone, see `adapters`
-manifest.json            size and SHA-256 of each file, written last
+What stands in a folder is told by `forms`, which writes them.
 """
 
 from __future__ import annotations
@@ -21,19 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isoform import registry, storage
+from isoform import registry
 from isoform.checkpoints import adapters, manifest, tensors
+from isoform.checkpoints.forms import NATIVE_PREFIX, save_model
 from isoform.checkpoints.gguf import read_gguf
 from isoform.checkpoints.sources import pickle_error, pickles, resolve_model
 from isoform.checkpoints.tensors import Progress, read_object
-from isoform.contracts import Tokenizer
 from isoform.errors import CheckpointError, IsoformError
-from isoform.models.lora import active_adapter, adapter_state, adapters_of, base_fingerprint, base_state
 from isoform.text import ngrams
-from isoform.text.chat import ends
 from isoform.text.tokenizers import TextTokenizer, load_tokenizer
 
-NATIVE_PREFIX = "isoform-"
 GGUF_SUFFIX = ".gguf"
 
 
@@ -64,147 +55,6 @@ class LoadedModel:
         ids = {name: value for name, value in info["hf_config"].items() if name.endswith("_token_id")}
         extra, generation, dtypes = info["extra"], info.get("generation"), info.get("dtypes")
         save_model(Path(folder), self.model, self.tokenizer, extra=extra, generation=generation, ids=ids, dtypes=dtypes)
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """A model as it goes to disk: config.json, tensors under that config's names, why it is not HF's form if so.
-
-    adapter: whether that is its active adapter alone, without its base.
-    """
-
-    config: dict[str, Any]
-    weights: dict[str, Tensor]
-    native_because: str | None
-    adapter: bool = False
-
-
-# ------------------------------------------------------------------------------------------------------------- saving
-
-
-def save_model(
-    folder: Path,
-    model: Any,
-    tokenizer: Tokenizer | None,
-    *,
-    extra: dict[str, Any] | None = None,
-    generation: Mapping[str, Any] | None = None,
-    ids: Mapping[str, Any] | None = None,
-    dtypes: Mapping[str, torch.dtype] | None = None,
-    max_shard_bytes: int = tensors.MAX_SHARD_BYTES,
-) -> None:
-    """Writes a model folder, whole or not at all; `extra` is kept in isoform.json (label names, where it came from).
-
-    generation: the generation_config.json of the model that this one was; its sampling and its ids go on.
-    ids: the special ids of config.json where there is no tokenizer to ask. dtypes: of tensors, by their names on disk;
-        the others as they are in the model.
-    Of an adapted model: the folder of its active adapter; its base stands elsewhere.
-
-    Raises: DiskError where it does not fit or may not be written.
-    """
-    form = disk_form(model, tokenizer, ids)
-    for name, dtype in (dtypes or {}).items():
-        if name in form.weights:
-            form.weights[name] = form.weights[name].to(dtype)
-    storage.require_free(folder, tensors.num_bytes(form.weights) + 10_000_000)
-    with storage.staged_folder(folder) as staged:
-        write_files(staged, model, tokenizer, form, extra=extra, generation=generation, max_shard_bytes=max_shard_bytes)
-        manifest.write(staged)
-
-
-def save_base(folder: Path, model: Any, tokenizer: Tokenizer | None) -> None:
-    """Writes the frozen base of an adapted model, once; of any other model, nothing.
-
-    Raises: CheckpointError where the folder holds another base: the adapter would go on from other weights.
-    """
-    adapted = adapters_of(model)
-    if active_adapter(model) is None or adapted is None:
-        return
-    adapted.base_folder = str(folder.resolve())
-    fingerprint, about = base_fingerprint(model), folder / "isoform.json"
-    if about.is_file():
-        if read_object(about)["extra"].get("base_fingerprint") != fingerprint:
-            raise CheckpointError(f"{folder}: holds another base than this run's; use another --out")
-        return
-    base = type(model)(model.config, seed=None)
-    base.load_state_dict(base_state(model))
-    save_model(folder, base, tokenizer, extra={"base_fingerprint": fingerprint})
-
-
-def disk_form(model: Any, tokenizer: Tokenizer | None, ids: Mapping[str, Any] | None = None) -> Form:
-    """The Hugging Face form of a model where its family has one, else its own names under a native config."""
-    if active_adapter(model) is not None:
-        return Form(*adapters.peft_form(model), adapter=True)
-    config, reason = model.hf_form(model.config)
-    weights = dict(model.state_to_hf()) if config is not None else base_state(model)
-    if config is None:
-        config = {"model_type": NATIVE_PREFIX + family_of(model), **model.config.model_dump(mode="json")}
-    else:
-        config = dict(config)
-        reason = None
-    config["dtype"] = str(next(iter(weights.values())).dtype).removeprefix("torch.")
-    # What the model's own form says of an id (RoBERTa's positions hang on the padding's) is not the tokenizer's.
-    config = {**(_special_ids(tokenizer, model) if tokenizer is not None else ids or {}), **config}
-    return Form(config, weights, reason)
-
-
-def write_files(
-    folder: Path,
-    model: Any,
-    tokenizer: Tokenizer | None,
-    form: Form,
-    *,
-    extra: dict[str, Any] | None = None,
-    generation: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = tensors.MAX_SHARD_BYTES,
-) -> None:
-    """Writes every file of a model folder but its manifest; arguments as of `save_model`."""
-    if form.adapter:
-        storage.write_json(folder / adapters.CONFIG, form.config)
-        tensors.write_tensors(folder / adapters.WEIGHTS, form.weights)
-    else:
-        storage.write_json(folder / "config.json", form.config)
-        tensors.write_model(folder, form.weights, max_shard_bytes=max_shard_bytes)
-    if tokenizer is not None:
-        tokenizer.save(folder)
-        if not form.adapter and model.capabilities & {"causal", "encoder-decoder"}:
-            storage.write_json(folder / "generation_config.json", _generation(tokenizer, model, generation or {}))
-    about = {
-        "family": family_of(model),
-        "config": model.config.model_dump(mode="json"),
-        "native_because": form.native_because,
-        "tokenizer": None if tokenizer is None else tokenizer.fingerprint(),
-        "extra": extra or {},
-        **({"base_fingerprint": base_fingerprint(model)} if form.adapter else {}),
-    }
-    storage.write_json(folder / "isoform.json", about)
-
-
-def _generation(tokenizer: Tokenizer, model: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    """generation_config.json: what was given, and each id that ends a text, by that, the tokenizer or its template."""
-    longest = {} if model.max_positions is None else {"max_length": model.max_positions}
-    made = {**_special_ids(tokenizer, model), **ends(tokenizer), **longest}
-    said = {name: value for name, value in given.items() if value is not None and not name.startswith("_")}
-    stops = [ids for ids in (said.get("eos_token_id"), made["eos_token_id"]) if ids is not None]
-    every = list(dict.fromkeys(index for ids in stops for index in (ids if isinstance(ids, list) else [ids])))
-    return {**made, **said, "eos_token_id": every if len(every) > 1 else every[0] if every else None}
-
-
-def family_of(model: Any) -> str:
-    """The registered name of a model's family."""
-    return next(name for name in registry.names("model") if registry.lookup("model", name) is type(model))
-
-
-def _special_ids(tokenizer: Tokenizer, model: Any) -> dict[str, int | None]:
-    # An absent id is written as null: left out, transformers would assume the ids of the published model.
-    ids = {f"{name}_token_id": tokenizer.special_ids.get(name) for name in ("bos", "eos", "pad")}
-    if "encoder-decoder" in model.capabilities:
-        start = getattr(model.config, "start_id", None)
-        ids["decoder_start_token_id"] = ids["pad_token_id"] if start is None else start
-    return ids
-
-
-# ------------------------------------------------------------------------------------------------------------ loading
 
 
 def load_model(
@@ -240,10 +90,7 @@ def identified(path: str | Path) -> tuple[str, Any] | None:
     place = adapters.find_base(folder) if adapters.is_adapter(folder) else folder
     if place.is_file():
         return None
-    hf_config = read_object(place / "config.json")
-    _refuse_code(place, hf_config)
-    _refuse_pickle(place)
-    return _identify(place, hf_config)[:2]
+    return _identify(place, _trusted_config(place))[:2]
 
 
 def _load_adapted(
@@ -273,9 +120,7 @@ def _load_whole(folder: Path, dtype: torch.dtype | None, device: str | torch.dev
     verified = (folder / manifest.NAME).is_file()
     if verified:
         manifest.verify(folder)
-    hf_config = read_object(folder / "config.json")
-    _refuse_code(folder, hf_config)
-    _refuse_pickle(folder)
+    hf_config = _trusted_config(folder)
     family, config, extra = _identify(folder, hf_config)
     cls = registry.lookup("model", family)
     weights = read_weights(folder)
@@ -329,16 +174,6 @@ def _filled(
     model.to(device)
     model.eval()
     return model
-
-
-def weights_file(folder: Path) -> Path:
-    """The file with what was trained in it, of a folder that `save_model` wrote."""
-    return folder / (adapters.WEIGHTS if adapters.is_adapter(folder) else tensors.SINGLE)
-
-
-def kept_tensors(model: Any) -> dict[str, Tensor]:
-    """What a training state holds, under the model's own names: everything, or what its adapter trains."""
-    return dict(model.state_dict()) if active_adapter(model) is None else adapter_state(model)
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -449,6 +284,14 @@ def _about(path: Path) -> Iterator[None]:
     except IsoformError as error:
         message = str(error)
         raise CheckpointError(message if str(path) in message else f"{path}: {message}") from None
+
+
+def _trusted_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a folder that asks for no code and holds no pickle in place of weights."""
+    hf_config = read_object(folder / "config.json")
+    _refuse_code(folder, hf_config)
+    _refuse_pickle(folder)
+    return hf_config
 
 
 def _refuse_code(folder: Path, hf_config: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Exact training state: a step folder is a model folder plus `state/`, complete or absent.
 
-    step-000500/   model.safetensors, config.json, tokenizer.json, ...   a model folder (see `folders`)
+    step-000500/   model.safetensors, config.json, tokenizer.json, ...   a model folder (see `forms`)
                    state/run.json                tokens, data cursor, random streams, numbers of the optimiser
                    state/optimizer.safetensors   tensors of the optimiser: `parameter name/state name`
                    state/companion.safetensors   what the objective trains beside the model, if anything
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from isoform import storage
-from isoform.checkpoints import folders, manifest, tensors
+from isoform.checkpoints import folders, forms, manifest, tensors
 from isoform.checkpoints.optimizers import optimizer_state_by_name, restore_optimizer
 from isoform.contracts import RunState, Tokenizer
 from isoform.errors import CheckpointError
@@ -72,8 +72,8 @@ def save_state(
     Nothing is removed before the new step is on the disk. Raises: DiskError, before writing where the room is too
     small, and with nothing half-written where it runs out on the way.
     """
-    form = folders.disk_form(model, tokenizer)
-    master = {} if _is_exact(model, form) else folders.kept_tensors(model)
+    form = forms.disk_form(model, tokenizer)
+    master = {} if _is_exact(model, form) else forms.kept_tensors(model)
     moments = _flat(run_state.optimizer)
     beside = dict(companion or {})
     size = sum(tensors.num_bytes(table) for table in (form.weights, master, moments, beside))
@@ -81,7 +81,7 @@ def save_state(
     final = folder / f"step-{step:06d}"
     storage.require_free(final, size + 10_000_000)
     with storage.staged_folder(final) as staged:
-        folders.write_files(staged, model, tokenizer, form, extra=extra)
+        forms.write_files(staged, model, tokenizer, form, extra=extra)
         (staged / STATE).mkdir()
         tensors.write_tensors(staged / STATE / "optimizer.safetensors", moments)
         if beside:
@@ -185,7 +185,7 @@ def _manifest_step(path: Path, value: dict[str, Any]) -> int:
     return step
 
 
-def _is_exact(model: Any, form: folders.Form) -> bool:
+def _is_exact(model: Any, form: forms.Form) -> bool:
     """Whether the weights come back from the form on disk bit by bit; an adapter's need their base for that."""
     if form.adapter:
         return False

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from isoform import chance
-from isoform.checkpoints.folders import save_base, save_model
+from isoform.checkpoints.forms import save_base, save_model
 from isoform.config import RunConfig
 from isoform.contracts import Batch, Ints, Sample, Sequences
 from isoform.data.batches import collate

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from isoform.checkpoints.folders import kept_tensors
+from isoform.checkpoints.forms import kept_tensors
 from isoform.checkpoints.randomness import random_streams, restore_random_streams
 from isoform.checkpoints.shards import copy_into, gathered, local_part, whole
 from isoform.checkpoints.state import Loaded, optimizer_state_by_name, restore_optimizer

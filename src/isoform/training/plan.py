@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from isoform.checkpoints.folders import kept_tensors
+from isoform.checkpoints.forms import kept_tensors
 from isoform.config import RunConfig
 from isoform.evaluation.evaluate import Thinned, evaluate
 from isoform.models.accounting import accounts

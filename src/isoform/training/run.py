@@ -20,7 +20,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 
 import isoform
 from isoform import machine
-from isoform.checkpoints.folders import load_model, save_base, save_model, weights_file
+from isoform.checkpoints.folders import load_model
+from isoform.checkpoints.forms import save_base, save_model, weights_file
 from isoform.checkpoints.state import latest_state
 from isoform.config import RunConfig
 from isoform.errors import CheckpointError, ConfigError, DataError

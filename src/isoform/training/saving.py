@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from isoform import machine
-from isoform.checkpoints.folders import save_model
+from isoform.checkpoints.forms import save_model
 from isoform.checkpoints.state import save_state
 from isoform.contracts import RunState, Tokenizer
 from isoform.errors import DiskError
