@@ -7,6 +7,7 @@ them against the registered class's `Config` when the run is resolved, so a new 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
@@ -212,7 +213,7 @@ class EvaluateConfig(Section):
     """What is measured, on which splits, and how answers are generated."""
 
     splits: list[str] | None = None
-    # splits scored at the end; null: every one but train
+    # splits scored at the end; null: every one but train; []: none
     metrics: list[str] | None = None
     # null: the objective's own
     max_examples: Positive | None = None
@@ -228,6 +229,10 @@ class EvaluateConfig(Section):
     # rows kept in predictions.jsonl for each split; null: all
     train_examples: Positive | None = None
     # training documents, evenly spaced, that are scored too at every evaluation on the way; null: none
+
+    def scored(self, there: Iterable[str]) -> list[str]:
+        """The splits to score at the end, of those that are there where none are named."""
+        return [split for split in there if split != "train"] if self.splits is None else self.splits
 
 
 TrainConfig.model_rebuild()

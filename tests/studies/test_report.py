@@ -237,6 +237,15 @@ def test_a_share_of_answers_is_told_in_points():
     assert wording.metric_words("ended") == "answers ended"
 
 
+def test_a_metric_is_written_as_its_field_writes_it():
+    assert [wording.metric_words(name) for name in ("bits_per_byte", "macro_f1", "chrf")] == [
+        "bits per byte",
+        "macro F1",
+        "chrF",
+    ]
+    assert [wording.capitalised(text) for text in ("loss on dev", "chrF on dev")] == ["Loss on dev", "chrF on dev"]
+
+
 def test_small_numbers() -> None:
     assert wording.signed_text(-0.0001, "accuracy") == "0.0" == wording.signed_text(0.0001, "accuracy")
     assert wording.difference_decimals({"metric": "accuracy", "low": 0.0001, "high": 0.0004}) == 3

@@ -199,6 +199,18 @@ def test_trials_do_not_look_at_the_test_split(values, tmp_path):
     assert [row["check"] for row in results["audit"] if row["level"] == "warn" and "test" in row["check"]] == []
     manifests = [read_json(path) for path in (tmp_path / "out").glob("stages/*/manifest.json")]
     assert sorted(manifest["test_scored"] for manifest in manifests) == [0, 0, 1]
+    assert len(list((tmp_path / "out").glob("stages/*/predictions.jsonl"))) == 1, "a trial is judged on the way alone"
+
+
+def test_a_stage_that_no_trial_changes_is_carried_out_once(values, tmp_path):
+    tune = {"finetune.train.learning_rate": [0.01, 0.02]}
+    values["arms"] = {"tuned": {"stages": ["pretrain", "finetune"], "tune": tune}}
+    values["questions"], values["seeds"], values["trials"] = [], 1, {"finetune.train.max_steps": 3}
+    planned = {stage["name"]: stage["runs"] for stage in forecast(values)["stages"]}
+    assert sum(runs for name, runs in planned.items() if "pretrain" in name) == 1
+    study(values, tmp_path / "out", quiet=True)
+    folders = [path.name for path in (tmp_path / "out" / "stages").iterdir()]
+    assert sorted(name.split("-")[0] for name in folders) == ["finetune"] * 3 + ["pretrain"]
 
 
 def test_results_of_another_tool_are_an_arm(values, tmp_path):

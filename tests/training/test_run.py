@@ -352,6 +352,14 @@ def test_manifest_is_json_without_infinities(make, tmp_path):
     assert run_module.differences({"a": {"b": 1}}, {"a": {"b": 2}}) == ["a.b: 1 -> 2"]
 
 
+def test_no_split_may_be_scored(make, tmp_path):
+    scored = train(make(), tmp_path / "scored", quiet=True)
+    bare = train(make({"evaluate": {"splits": []}}), tmp_path / "bare", quiet=True)
+    assert {row["split"] for row in scored.rows} == {"dev"} and bare.rows == read_json(bare.folder / "eval.json") == []
+    assert (scored.folder / "predictions.jsonl").exists() and not (bare.folder / "predictions.jsonl").exists()
+    assert scored.manifest["final_sha256"] == bare.manifest["final_sha256"]
+
+
 def test_a_split_may_be_scored_at_a_length_of_its_own(make, tmp_path):
     """Windows of the same text, longer than in training: fewer of them, every byte once."""
     rotary = {"text": {"max_tokens": 8}, "model": {"position": {"kind": "rope"}}}

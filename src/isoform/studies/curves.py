@@ -14,6 +14,7 @@ from isoform.studies.records import Records, Results
 from isoform.studies.wording import (
     SPACE,
     bare_value,
+    capitalised,
     count_text,
     is_number,
     listed,
@@ -156,7 +157,7 @@ def _evaluations(trained: Sequence[_Trained], results: Results) -> list[Chart]:
         title = f"{metric_words(metric)} on {split}"
         figure = charts.curves(series, title, _axis_words(axis), unit, _count_tick, _value_ticks(metric))
         if figure is not None:
-            found.append(Chart(title[:1].upper() + title[1:], figure, ""))
+            found.append(Chart(capitalised(title), figure, ""))
     return found
 
 

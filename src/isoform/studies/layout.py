@@ -88,10 +88,12 @@ class Layout:
         """The stages of an arm at a seed, each starting from the one before; `settings` are tuned fields to try."""
         runs: list[StageRun] = []
         changes = self.chosen.get(arm, {}) if settings is None else {**self.study.trials, **settings}
-        for stage in self.study.arms[arm].stages or [AS_IS]:
+        stages = self.study.arms[arm].stages or [AS_IS]
+        for stage in stages:
             config = self.config(arm, stage, seed, changes)
-            if settings is not None:
-                config = _blind(config)
+            # A stage that no trial changes is the arm's own, carried out once for all of them.
+            if settings is not None and (stage == stages[-1] or config != self.config(arm, stage, seed, {})):
+                config = _unscored(config)
             parent = runs[-1] if runs else None
             others = {name: self._last(name, arm, seed) for name in arms_of(config)}
             key = self._key(config, parent, others, trains=stage != AS_IS)
@@ -239,17 +241,9 @@ def with_arms(config: RunConfig, place: Callable[[str], str]) -> RunConfig:
     )
 
 
-def _blind(config: RunConfig) -> RunConfig:
-    """The run as a trial, which chooses by another split and does not look at the test split."""
-    named = config.evaluate.splits
-    if "test" not in (["test"] if named is None and _has_test(config) else named or []):
-        return config
-    others = [split for split in named or [] if split != "test"] or [config.train.select.split]
-    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"splits": others})})
-
-
-def _has_test(config: RunConfig) -> bool:
-    return config.data.test is not None or config.data.splits.test > 0
+def _unscored(config: RunConfig) -> RunConfig:
+    """The run as a trial: it is judged by what it scored on the way, on the selection split, and by nothing after."""
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"splits": []})})
 
 
 def _nested(path: list[str], value: Any) -> dict[str, Any]:

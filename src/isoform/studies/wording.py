@@ -27,6 +27,7 @@ VERDICTS = {
 _FRACTIONS = {
     *("accuracy", "match", "em", "f1", "precision", "recall", "auc", "fraction", "rate", "rouge", "correct", "ended")
 }
+_SPELLED = {"bleu": "BLEU", "chrf": "chrF", "f1": "F1", "mae": "MAE", "mcc": "MCC", "mse": "MSE", "rmse": "RMSE"}
 _ERRORS = {"error", "mse", "mae", "rmse"}
 _DECIMALS = {"fraction": 1, "nats": 3, "bits": 3, "perplexity": 2, "number": 3}
 _SUFFIX = {"fraction": f"{SPACE}%", "nats": f"{SPACE}nats", "bits": f"{SPACE}bits", "perplexity": "", "number": ""}
@@ -64,7 +65,14 @@ def shorten(text: str, num_characters: int) -> str:
 
 
 def metric_words(metric: str) -> str:
-    return {"ended": "answers ended"}.get(metric, metric.replace("_", " "))
+    """A metric as its field writes it: macro F1, bits per byte, chrF."""
+    return {"ended": "answers ended"}.get(metric, " ".join(_SPELLED.get(word, word) for word in metric.split("_")))
+
+
+def capitalised(text: str) -> str:
+    """The beginning of a line, where a name keeps the letters that it has: Loss on dev, chrF on dev."""
+    plain = text.partition(" ")[0].islower()
+    return text[:1].upper() + text[1:] if plain else text
 
 
 def plural(count: int, noun: str) -> str:

@@ -179,11 +179,7 @@ def _seconds_per_evaluation(run: Prepared) -> float:
 
     looked_at = seconds(select.split, select.max_examples) + seconds("train", train_examples)
     on_the_way = _num_evaluations(run) * looked_at
-    at_the_end = sum(
-        seconds(name, run.config.evaluate.max_examples)
-        for name in run.config.evaluate.splits or each
-        if name != "train"
-    )
+    at_the_end = sum(seconds(name, run.config.evaluate.max_examples) for name in run.config.evaluate.scored(each))
     return on_the_way + at_the_end * (2 if _num_evaluations(run) > 1 else 1)
 
 

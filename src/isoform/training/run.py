@@ -228,7 +228,7 @@ def fit_and_score(config: RunConfig, folder: Path, *, precision: str | None = No
             return RunResult(folder, read_json(folder / "eval.json"), earlier)
         run, trials = classical.fit(run)
         fitted = time.monotonic() - began
-        splits = config.evaluate.splits or [name for name in run.datasets if name != "train"]
+        splits = config.evaluate.scored(run.datasets)
         manifest = {**_manifest(run, accelerator, started), "tokens": len(run.datasets["train"]), "trials": trials}
         return _score_once(run, folder, splits, manifest, {"training": fitted}, began)
 
@@ -243,7 +243,7 @@ def score_as_is(config: RunConfig, folder: Path, *, precision: str | None = None
     with locked(folder):
         run = prepare(config, precision=precision, device=accelerator.device, for_training=False)
         manifest = {**_manifest(run, accelerator, started), "tokens": 0}
-        splits = config.evaluate.splits or list(run.datasets)
+        splits = config.evaluate.scored(run.datasets)
         return _score_once(run, folder, splits, manifest, {"training": 0.0}, began)
 
 
@@ -380,7 +380,7 @@ def _finish(run: Prepared, folder: Path, scalars: dict[str, Any], manifest: dict
             "look at events.jsonl"
         )
     save_model(folder / "last", run.model, run.tokenizer, generation=run.generation)
-    splits = run.config.evaluate.splits or [name for name in run.datasets if name != "train"]
+    splits = run.config.evaluate.scored(run.datasets)
     scored: dict[int, list[dict[str, Any]]] = {}
     selections = {}
     for name in sorted(chosen, key=lambda name: name != final):

@@ -27,7 +27,7 @@ def score(
     """The metrics of one split with fixed draws, in the run's precision; keep: where rows of predictions go, if any."""
     settings = run.config.evaluate
     on_the_way = settings.train_examples if split == "train" else run.config.train.select.max_examples
-    most = on_the_way if keep is None and watch is None else settings.max_examples
+    most = on_the_way if keep is None else settings.max_examples
     return evaluate(
         model,
         run.objectives.get(split, run.objective),
@@ -57,6 +57,8 @@ def score_all(
     for split in splits:
         if split not in run.datasets:
             raise ConfigError(f"evaluate.splits: no split {split!r}; there are {', '.join(run.datasets)}")
+    if not splits:
+        return []
     is_final = target.name not in {"last", BEST_LOSS, BEST_METRIC}
     # The labels of which each text has one, where that is what the objective tells.
     labels = getattr(run.objective, "choices", ()) if is_final else ()
