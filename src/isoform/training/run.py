@@ -228,9 +228,8 @@ def fit_and_score(config: RunConfig, folder: Path, *, precision: str | None = No
             return RunResult(folder, read_json(folder / "eval.json"), earlier)
         run, trials = classical.fit(run)
         fitted = time.monotonic() - began
-        splits = config.evaluate.scored(run.datasets)
         manifest = {**_manifest(run, accelerator, started), "tokens": len(run.datasets["train"]), "trials": trials}
-        return _score_once(run, folder, splits, manifest, {"training": fitted}, began)
+        return _score_once(run, folder, manifest, {"training": fitted}, began)
 
 
 def score_as_is(config: RunConfig, folder: Path, *, precision: str | None = None) -> RunResult:
@@ -243,14 +242,12 @@ def score_as_is(config: RunConfig, folder: Path, *, precision: str | None = None
     with locked(folder):
         run = prepare(config, precision=precision, device=accelerator.device, for_training=False)
         manifest = {**_manifest(run, accelerator, started), "tokens": 0}
-        splits = config.evaluate.scored(run.datasets)
-        return _score_once(run, folder, splits, manifest, {"training": 0.0}, began)
+        return _score_once(run, folder, manifest, {"training": 0.0}, began)
 
 
 def _score_once(
     run: Prepared,
     folder: Path,
-    splits: list[str],
     manifest: dict[str, Any],
     seconds: dict[str, float],
     began: float,
@@ -258,7 +255,7 @@ def _score_once(
     """Writes the folder of a model that is what it is: scored once, at step 0."""
     write_text(folder / "config.yaml", yaml.safe_dump(run.resolved, sort_keys=False, allow_unicode=True, width=110))
     save_model(folder / "final", run.model, run.tokenizer, generation=run.generation)
-    rows = score_all(run, run.model, splits, folder, manifest)
+    rows = score_all(run, run.model, run.config.evaluate.scored(run.datasets), folder, manifest)
     track_scores(run.config.track, folder, run.config.name, run.resolved, rows)
     write_json(folder / "eval.json", rows)
     write_json(folder / "selections.json", {"final": "last", "selections": {"last": {"step": 0, "rows": rows}}})
